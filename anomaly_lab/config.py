@@ -1,0 +1,175 @@
+"""Configurations: where they lie, how they are composed, and what makes two runs the same run.
+
+Imports neither torch nor Lightning: a dry run over hundreds of runs, a status report and ``--help`` stay quick.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hydra import compose as hydra_compose
+from hydra import initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+if TYPE_CHECKING:
+    from anomaly_lab.datasets import Images
+
+_PACKAGE = Path(__file__).resolve().parent
+_CHECKOUT = _PACKAGE.parent / "conf"
+CONFIG_DIR = _CHECKOUT if (_PACKAGE.parent / "pyproject.toml").is_file() else _PACKAGE / "conf"
+"""The checkout's ``conf/`` where there is one (a packed copy goes stale), else the copy inside the wheel."""
+
+GROUPS = ("model", "dataset", "split", "trainer")
+"""The config groups whose choice, with the class and the seed, names a run."""
+
+IDENTITY = ("model", "dataset", "split", "trainer.precision", "trainer.threshold_quantile")
+"""Sections and keys that can change a result. Everything else (logger, paths, device, threads, progress) cannot."""
+
+NOT_IDENTITY = (
+    "dataset.data_dir",
+    "dataset.path",
+    "dataset.name",
+)  # the name has its own place in the identity
+
+
+def compose(overrides: Sequence[str] = ()) -> DictConfig:
+    """The configuration of one run, as ``anomaly-lab OVERRIDES`` sees it, with the group choices under ``choices``.
+
+    Raises:
+        hydra.errors.HydraException: an override that does not parse, or names no config or key.
+    """
+    return _with_choices(_compose(overrides))
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    # Inside a running Hydra job the global state is taken; put it aside and restore it.
+    state = GlobalHydra.instance().hydra
+    GlobalHydra.instance().hydra = None
+    try:
+        with initialize_config_dir(str(CONFIG_DIR), job_name="anomaly-lab", version_base="1.3"):
+            return hydra_compose("train", overrides=list(overrides), return_hydra_config=True)
+    finally:
+        GlobalHydra.instance().hydra = state
+
+
+def _with_choices(composed: DictConfig) -> DictConfig:
+    choices = composed.hydra.runtime.choices
+    cfg = composed.copy()
+    with open_dict(cfg):
+        del cfg["hydra"]
+    return with_choices(cfg, choices)
+
+
+def with_choices(cfg: DictConfig, choices: Mapping[str, str | None]) -> DictConfig:
+    """``cfg`` with the names of the chosen groups, so that a configuration says by itself where it came from."""
+    with open_dict(cfg):
+        cfg.choices = {group: choices[group] for group in (*GROUPS, "experiment")}
+    return cfg
+
+
+def jobs(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of every job of a multirun, in Hydra's order, an experiment's own grid included."""
+    grid = dict(_compose(_without_sweeps(overrides)).hydra.sweeper.params or {})
+    given = [f"{key}={value}" for key, value in grid.items()] + list(overrides)
+    choices: dict[str, list[str]] = {}
+    for override in OverridesParser.create().parse_overrides(overrides=given):
+        key = override.get_key_element()
+        if override.is_sweep_override():
+            choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+        else:
+            choices[key] = [f"{key}={override.get_value_element_as_str()}"]
+    return [list(job) for job in itertools.product(*choices.values())]
+
+
+def _without_sweeps(overrides: Sequence[str]) -> list[str]:
+    parsed = OverridesParser.create().parse_overrides(overrides=list(overrides))
+    return [text for text, override in zip(overrides, parsed, strict=True) if not override.is_sweep_override()]
+
+
+def _flatten(section: Any, prefix: str) -> dict[str, Any]:
+    if isinstance(section, Mapping) and section:
+        items = [_flatten(value, f"{prefix}.{key}") for key, value in section.items()]
+        return {key: value for item in items for key, value in item.items()}
+    return {prefix: section}
+
+
+def _identity_keys(cfg: DictConfig) -> dict[str, Any]:
+    keys: dict[str, Any] = {}
+    for name in IDENTITY:
+        value = OmegaConf.select(cfg, name)
+        plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        keys |= _flatten(plain, name)
+    return {key: value for key, value in keys.items() if key not in NOT_IDENTITY}
+
+
+@functools.lru_cache(maxsize=256)
+def _defaults(choices: tuple[tuple[str, str], ...]) -> dict[str, Any]:
+    return _identity_keys(compose([f"{group}={choice}" for group, choice in choices]))
+
+
+def changed(cfg: DictConfig) -> dict[str, Any]:
+    """Every key that can change a result and differs from the defaults of the chosen groups; empty for a plain run."""
+    own = _identity_keys(cfg)
+    default = _defaults(tuple((group, cfg.choices[group]) for group in GROUPS))
+    return {key: own.get(key) for key in sorted(own.keys() | default.keys()) if own.get(key) != default.get(key)}
+
+
+@functools.lru_cache(maxsize=4)
+def _images(dataset: str) -> Images:
+    return instantiate(OmegaConf.create(json.loads(dataset))).load()
+
+
+def load_images(cfg: DictConfig) -> Images:
+    """The data set of ``cfg``; one copy a process, however many runs it makes."""
+    return _images(json.dumps(OmegaConf.to_container(cfg.dataset, resolve=True)))
+
+
+def target(cfg: DictConfig) -> int:
+    """Zero-based index of the class that the run names: the normal one, or with ``one_abnormal`` the abnormal one.
+
+    Raises:
+        ValueError: the other role's class was given, or a class that is none of the data set's.
+    """
+    split = instantiate(cfg.split)
+    role, other = ("normal_class", "abnormal_class")[:: 1 if split.role == "normal" else -1]
+    if cfg[other] is not None:
+        raise ValueError(f"split={cfg.choices.split} names the {split.role} class: write {role}={cfg[other]}")
+    images = load_images(cfg)
+    return int(split.targets(images)[0] if cfg[role] is None else split.resolve(images, cfg[role]))
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    """What makes a run the same run: model, data set, split, class index, seed and what was changed."""
+    return {
+        "model": cfg.choices.model,
+        "dataset": cfg.dataset.name,
+        "split": cfg.choices.split,
+        "normal_class": target(cfg),
+        "seed": int(cfg.seed),
+        "changed": changed(cfg),
+    }
+
+
+def run_dir(cfg: DictConfig) -> Path:
+    """``<runs>/<model>/<dataset>/<split>/n<class>/s<seed>``, with a hash of what was changed where anything was."""
+    own = identity(cfg)
+    letter = "n" if instantiate(cfg.split).role == "normal" else "a"
+    seed = f"s{own['seed']}"
+    if own["changed"]:
+        seed += "-" + hashlib.sha256(json.dumps(own["changed"], sort_keys=True).encode()).hexdigest()[:8]
+    return Path(cfg.runs) / own["model"] / own["dataset"] / own["split"] / f"{letter}{own['normal_class']}" / seed
+
+
+def expected_runs(experiment: str, overrides: Sequence[str] = ()) -> list[tuple[dict[str, Any], Path]]:
+    """Identity and folder of every run of ``conf/experiment/<experiment>.yaml``."""
+    configs = [compose(job) for job in jobs([f"experiment={experiment}", *overrides])]
+    return [(identity(cfg), run_dir(cfg)) for cfg in configs]

@@ -1,0 +1,237 @@
+"""One data set × one split as a LightningDataModule: uint8 on the device, prepared batch by batch.
+
+Legend of the shape comments: N images of a set, B in a batch, C channels, S = size the networks see.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from lightning import LightningDataModule
+from torch import Tensor
+
+from anomaly_lab.datasets import Images
+from anomaly_lab.detector import Batch, Detector
+from anomaly_lab.splits import Partition, Split
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """From stored pixels to what a network sees: uint8 (B,C,H,W) -> float32 (B,C',S,S), on the images' device.
+
+    Args:
+        size: S.
+        fit: ``pad``: enlarge by the largest whole factor that fits, then pad with black to S (28 -> 32 by a border of
+            2, 8 -> 32 by a factor of 4); ``resize``: interpolate to S. Larger images are always reduced to S.
+            Interpolation is bilinear, antialiased when reducing.
+        value_range: what 0 and 255 become.
+        channels: 1 makes grey of colour (ITU-R 601), 3 repeats grey; None keeps what is stored.
+    """
+
+    size: int = 32
+    fit: Literal["pad", "resize"] = "pad"
+    value_range: tuple[float, float] = (-1.0, 1.0)
+    channels: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.fit not in ("pad", "resize"):
+            raise ValueError(f"model.input.fit={self.fit}: choose pad or resize")
+        if self.channels not in (None, 1, 3):
+            raise ValueError(f"model.input.channels={self.channels}: choose 1, 3 or null")
+        if self.size < 1 or not self.value_range[0] < self.value_range[1]:
+            raise ValueError("model.input needs a size of at least 1 and a range of two growing numbers")
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        x = pixels.float()
+        if self.channels == 1 and x.shape[1] == 3:
+            weights = x.new_tensor([0.299, 0.587, 0.114])
+            x = (x * weights[:, None, None]).sum(1, keepdim=True)
+        elif self.channels == 3 and x.shape[1] == 1:
+            x = x.expand(-1, 3, -1, -1)
+        height, width = x.shape[-2:]
+        factor = self.size // max(height, width)
+        if self.fit == "resize" or factor == 0:
+            x = self._resize(x, self.size, self.size)
+        else:
+            x = self._resize(x, height * factor, width * factor)
+            down, right = self.size - x.shape[-2], self.size - x.shape[-1]
+            x = F.pad(x, (right // 2, right - right // 2, down // 2, down - down // 2))
+        low, high = self.value_range
+        return x * ((high - low) / 255) + low
+
+    @staticmethod
+    def _resize(x: Tensor, height: int, width: int) -> Tensor:
+        if x.shape[-2:] == (height, width):
+            return x
+        return F.interpolate(x, (height, width), mode="bilinear", antialias=height < x.shape[-2])
+
+    def shape(self, pixels: np.ndarray) -> tuple[int, int, int]:
+        """(C',S,S) of what becomes of uint8 ``pixels`` (N,C,H,W)."""
+        return (self.channels or pixels.shape[1], self.size, self.size)
+
+    def displayable(self, x: Tensor) -> Tensor:
+        """Back from the network's range to [0, 1] for figures, same shape."""
+        low, high = self.value_range
+        return ((x - low) / (high - low)).clamp(0, 1)
+
+
+class Loader:
+    """Batches of one part of a data set. It slices an index tensor: no workers, no decoding, no copies but the batch.
+
+    Args:
+        pixels: uint8 (N,C,H,W), on the device where it fits, else in host memory.
+        truth: uint8 (N,). index: int64 (N,), positions in the whole data set.
+        order: positions in the order of the coming epoch; None goes straight through.
+        drop_last: leave out the last incomplete batch, unless it is the only one (batch norm needs company).
+    """
+
+    def __init__(
+        self,
+        pixels: Tensor,
+        truth: Tensor,
+        index: Tensor,
+        prepare: Prepare,
+        batch_size: int,
+        device: torch.device,
+        order: Callable[[], Tensor] | None = None,
+        drop_last: bool = False,
+    ) -> None:
+        self.pixels, self.truth, self.index = pixels, truth, index
+        self._prepare, self._batch_size, self._device = prepare, batch_size, device
+        self._order, self._drop_last = order, drop_last
+
+    def _lengths(self, images: int) -> list[int]:
+        full, rest = divmod(images, self._batch_size)
+        return [self._batch_size] * full + ([rest] if rest and not (self._drop_last and full) else [])
+
+    def __len__(self) -> int:
+        return len(self._lengths(len(self.pixels) if self._order is None else len(self._order())))
+
+    def __iter__(self) -> Iterator[Batch]:
+        order = torch.arange(len(self.pixels)) if self._order is None else self._order()
+        order = order.to(self.pixels.device)
+        start = 0
+        for length in self._lengths(len(order)):
+            chosen = order[start : start + length]
+            start += length
+            pixels = self.pixels[chosen].to(self._device, non_blocking=True)
+            yield Batch(
+                self._prepare(pixels),
+                self.truth[chosen].to(self._device),
+                self.index[chosen].to(self._device),
+            )
+
+
+class OneClassData(LightningDataModule):
+    """One data set under one protocol, with one class named.
+
+    Args:
+        images: a data set, from one of the readers of `anomaly_lab.datasets`.
+        split: a protocol of `anomaly_lab.splits`.
+        named: the class the protocol names, by name or zero-based index.
+        batch_size: images in a training batch. score_batch_size: images scored at once.
+        epoch_steps: an epoch has at least so many steps: smaller training sets are passed several times, each time in
+            a new order, so that an epoch means about the same on 50 images as on 5000.
+        seed: of the partition (unless ``split.seed`` is set) and of the order of training images, which in epoch e
+            depends on (seed, e) alone: a resumed run sees what it would have seen.
+        watch_test: validate on the test images too, after the held-out normals.
+    """
+
+    def __init__(
+        self,
+        images: Images,
+        split: Split,
+        named: str | int,
+        prepare: Prepare,
+        *,
+        batch_size: int,
+        epoch_steps: int = 1,
+        score_batch_size: int = 500,
+        seed: int = 0,
+        watch_test: bool = False,
+    ) -> None:
+        super().__init__()
+        if epoch_steps < 1:
+            raise ValueError(f"model.budget.epoch_steps={epoch_steps}: an epoch has at least one step")
+        if batch_size < 2:
+            raise ValueError(f"model.batch_size={batch_size}: batch norm needs at least 2 images in a batch")
+        self.images, self.prepare = images, prepare
+        self.target = split.resolve(images, named)
+        self.partition: Partition = split(images, self.target, seed)
+        self._batch_size, self._epoch_steps, self._score_batch_size = (
+            batch_size,
+            epoch_steps,
+            score_batch_size,
+        )
+        self._seed, self._watch_test = seed, watch_test
+        self._loaders: dict[tuple[str, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        """(C,S,S) of the prepared images."""
+        return self.prepare.shape(self.images.pixels)
+
+    def part(self, name: Literal["train", "val", "test"], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+        """Pixels uint8 (N,C,H,W), truth uint8 (N,) and index int64 (N,) of one part, on the device if they fit it."""
+        if (name, device) not in self._loaders:
+            index = getattr(self.partition, name)
+            truth = {
+                "train": self.partition.train_truth,
+                "val": np.zeros(len(index), np.uint8),
+                "test": self.partition.test_truth,
+            }[name]
+            pixels = torch.from_numpy(self.images.pixels[index])
+            if device.type == "cuda":
+                roomy = pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
+                pixels = pixels.to(device) if roomy else pixels.pin_memory()
+            where = pixels.device
+            self._loaders[name, device] = (
+                pixels,
+                torch.from_numpy(truth).to(where),
+                torch.from_numpy(index).to(where),
+            )
+        return self._loaders[name, device]
+
+    def prepared(self, name: Literal["train", "val", "test"], positions: Sequence[int] | None = None) -> Tensor:
+        """The prepared images of one part (or those at ``positions`` of it), float32 (N,C,S,S), on the CPU."""
+        pixels, _, _ = self.part(name, torch.device("cpu"))
+        return self.prepare(pixels if positions is None else pixels[list(positions)])
+
+    def _device(self) -> torch.device:
+        return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
+
+    def _order(self) -> Tensor:
+        epoch, positions = 0, torch.arange(len(self.partition.train))
+        if self.trainer is not None:
+            detector = self.trainer.lightning_module
+            assert isinstance(detector, Detector)
+            epoch = int(detector.epochs_done)
+            allowed = detector.train_indices(epoch)
+            positions = positions if allowed is None else allowed.cpu()
+        # A stream of its own for every epoch: what a validation pass or a resume does in between changes nothing.
+        state = np.random.SeedSequence([self._seed, epoch]).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(state >> 1))
+        steps = max(len(positions) // self._batch_size, 1)
+        passes = 1 if steps >= self._epoch_steps else -(-self._epoch_steps * self._batch_size // len(positions))
+        order = torch.cat([positions[torch.randperm(len(positions), generator=generator)] for _ in range(passes)])
+        return order if passes == 1 else order[: self._epoch_steps * self._batch_size]
+
+    def train_dataloader(self) -> Loader:
+        part = self.part("train", self._device())
+        return Loader(*part, self.prepare, self._batch_size, self._device(), order=self._order, drop_last=True)
+
+    def val_dataloader(self) -> list[Loader]:
+        """The held-out normals; behind them, with ``watch_test``, the test images."""
+        return [self._in_order("val"), self._in_order("test")] if self._watch_test else [self._in_order("val")]
+
+    def test_dataloader(self) -> list[Loader]:
+        """The held-out normals, from which the threshold comes, and the test images."""
+        return [self._in_order("val"), self._in_order("test")]
+
+    def _in_order(self, name: Literal["val", "test"]) -> Loader:
+        return Loader(*self.part(name, self._device()), self.prepare, self._score_batch_size, self._device())

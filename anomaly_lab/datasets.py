@@ -1,0 +1,741 @@
+"""Readers: every source of images becomes the same `Images`, decoded once into an `.npz` and read from there.
+
+Legend of shapes: N images, C channels (1 grey, 3 RGB), H x W pixels, K classes.
+The file format, the two folder layouts and the sources' terms are described in docs/datasets.md.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import http.client
+import io
+import json
+import os
+import pickle
+import re
+import shlex
+import socket
+import urllib.error
+import urllib.request
+import uuid
+import warnings
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import IO, Any, ClassVar
+
+import numpy as np
+
+REQUIRED = ("images", "labels", "is_test", "class_names")
+NETWORK_TIMEOUT = 30.0  # seconds without an answer; many compute nodes drop packets instead of refusing them
+IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
+
+
+@dataclass(frozen=True, eq=False)
+class Images:
+    """A labelled set of images in canonical order: by test flag, label and SHA-256 of each image's pixels.
+
+    The order and `sha256` depend on the content alone, never on the order in which a source stores its files.
+    """
+
+    pixels: np.ndarray  # uint8 (N,C,H,W)
+    labels: np.ndarray  # int64 (N,), index into class_names
+    is_test: np.ndarray  # bool (N,), the official test half; all False where there is none
+    class_names: tuple[str, ...]  # (K,)
+    superclass: tuple[str, ...] | None  # (K,), the coarse class of every class
+    name: str
+    sha256: str  # hex, of everything above but the name
+
+    def __post_init__(self) -> None:
+        assert self.pixels.dtype == np.uint8 and self.pixels.ndim == 4, "pixels must be uint8 (N,C,H,W)"
+        assert self.labels.dtype == np.int64 and self.is_test.dtype == np.bool_
+        assert len(self.pixels) == len(self.labels) == len(self.is_test)
+
+    def __len__(self) -> int:
+        return len(self.pixels)
+
+    @classmethod
+    def canonical(
+        cls,
+        pixels: np.ndarray,
+        labels: np.ndarray,
+        is_test: np.ndarray,
+        class_names: tuple[str, ...],
+        superclass: tuple[str, ...] | None = None,
+        *,
+        name: str,
+    ) -> Images:
+        """Put arrays of any order into canonical order and compute their identity."""
+        pixels = np.ascontiguousarray(pixels)
+        labels, is_test = np.asarray(labels, np.int64), np.asarray(is_test, np.bool_)
+        digests = _digests(pixels)
+        key = digests.view(">u8")  # (N,4): numbers compare as the hex digests do
+        order = np.lexsort((key[:, 3], key[:, 2], key[:, 1], key[:, 0], labels, is_test))
+        pixels, labels, is_test = pixels[order], labels[order], is_test[order]
+        sha256 = _identity(digests[order], pixels.shape, labels, is_test, class_names, superclass)
+        return cls(pixels, labels, is_test, class_names, superclass, name, sha256)
+
+
+def _digests(pixels: np.ndarray) -> np.ndarray:
+    """SHA-256 of the pixels of every image: uint8 (N,32)."""
+    flat = pixels.reshape(len(pixels), -1)
+    joined = b"".join(hashlib.sha256(row.data).digest() for row in flat)
+    return np.frombuffer(joined, np.uint8).reshape(-1, 32)
+
+
+def _identity(
+    digests: np.ndarray,  # uint8 (N,32)
+    shape: tuple[int, ...],
+    labels: np.ndarray,
+    is_test: np.ndarray,
+    class_names: tuple[str, ...],
+    superclass: tuple[str, ...] | None,
+) -> str:
+    # A digest of the images' digests: each image is hashed once, for the order and for the identity.
+    header = json.dumps([list(shape), list(class_names), superclass and list(superclass)], ensure_ascii=True)
+    whole = hashlib.sha256(header.encode())
+    for array in (digests, labels.astype("<i8"), is_test.astype(np.uint8)):
+        whole.update(np.ascontiguousarray(array).data)
+    return whole.hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Dataset(ABC):
+    """Where images come from. `load()` reads their cache in `data_dir`, and makes it where there is none.
+
+    Every fault of a source, a download or a cache is a ValueError of one line that says what to do.
+    """
+
+    data_dir: str | Path
+    name: str
+
+    config: ClassVar[str]  # the reader's file in conf/dataset, as users name it on the command line
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+            raise ValueError(
+                f"dataset.name={self.name!r} becomes a file name: use letters, digits, '.', '_' and '-' only"
+            )
+
+    @property
+    def root(self) -> Path:
+        return Path(self.data_dir).expanduser()
+
+    @property
+    def cache(self) -> Path:
+        """The file `load()` reads; it need not exist yet."""
+        return self.root / f"{self.name}.npz"
+
+    @property
+    def download_command(self) -> str:
+        """The command line that makes this cache, with every field that differs from its default."""
+        given = {field.name: getattr(self, field.name) for field in fields(self) if field.name != "data_dir"}
+        defaults = {field.name: field.default for field in fields(self)}
+        overrides = [f"dataset.{key}={value}" for key, value in given.items() if value != defaults[key]]
+        return shlex.join(["anomaly-lab-data", "download", self.config, *overrides])
+
+    def load(self) -> Images:
+        images = self._cached()
+        return self._make() if images is None else images
+
+    def download(self) -> Path:
+        """Make the cache, fetching the source where that is possible; a fresh cache is left alone."""
+        if self._cached() is None:
+            self._make()
+        return self.cache
+
+    def check(self) -> str:
+        """Recompute the cache's checksum; one line about its contents, ValueError where absent or damaged."""
+        images = self._cached()
+        if images is None:
+            raise ValueError(f"{self.cache} is not there or is stale: run `{self.download_command}`")
+        found = _identity(
+            _digests(images.pixels),
+            images.pixels.shape,
+            images.labels,
+            images.is_test,
+            images.class_names,
+            images.superclass,
+        )
+        if found != images.sha256:
+            raise ValueError(f"{self.cache} is damaged (sha256 {found}, recorded {images.sha256}): {self._remedy()}")
+        shape = "x".join(str(n) for n in images.pixels.shape[1:])
+        tested = int(images.is_test.sum())
+        halves = f"{len(images) - tested} training and {tested} test images" if tested else "no test half"
+        held = np.unique(images.labels[~images.is_test])
+        partial = len(images.class_names) - len(held)
+        missing = f", {partial} classes without training images" if partial else ""
+        return (
+            f"{self.name}: {len(images)} images of {shape}, {len(images.class_names)} classes, "
+            f"{halves}{missing}, sha256 {images.sha256} ({self.cache})"
+        )
+
+    @abstractmethod
+    def decode(self) -> Images:
+        """Read the original files, downloading them first where the source can."""
+
+    def _source(self) -> str:
+        """What a cache was made from: the reader and, for sources that can change, a digest of them."""
+        return type(self).__name__
+
+    def _remedy(self) -> str:
+        return f"delete it and run `{self.download_command}`"
+
+    def _cached(self) -> Images | None:
+        """What the cache holds; None where there is none, or one made from files that have changed since."""
+        if not self.cache.exists():
+            return None
+        images, source = _read(self.cache, self.name, self._remedy())
+        expected = self._source()
+        if source is not None and source.split()[0] != expected.split()[0]:
+            raise ValueError(
+                f"{self.cache} was written by the reader {source.split()[0]}, not by {expected.split()[0]}: "
+                "give the data set another dataset.name or data_dir"
+            )
+        return images if source in (None, expected) else None
+
+    def _make(self) -> Images:
+        with _locked(self.root, self.name):
+            images = self._cached()  # another process may have made it while this one waited
+            if images is None:
+                source = self._source()  # first, so that a change during the decoding makes the cache stale
+                images = self.decode()
+                _write(self.cache, images, source)
+        return images
+
+
+# ----------------------------------------------------------------------------------------------------
+# Sets that torchvision downloads and verifies
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Torchvision(Dataset):
+    kind: ClassVar[str]  # the class in torchvision.datasets
+    folder: ClassVar[str]  # where torchvision lays the original files below data_dir
+    # Identity of the complete set: torchvision verifies its downloads, not idx files that lie there unpacked.
+    published: ClassVar[str | None] = None
+
+    def decode(self) -> Images:
+        from torchvision import datasets  # seconds to import, and needed once per machine
+
+        folder = self.root / self.folder
+        try:
+            with _network_timeout():
+                reader = getattr(datasets, self.kind)
+                halves = [reader(root=str(self.root), train=train, download=True) for train in (True, False)]
+            pixels = np.concatenate([np.asarray(half.data) for half in halves])  # (N,H,W) or (N,H,W,3)
+            labels = np.concatenate([np.asarray(half.targets, np.int64) for half in halves])
+            class_names, superclass = self._classes(halves)
+        # torchvision lets through whatever urllib, tarfile, gzip, pickle or its own assertions raise.
+        except Exception as error:
+            if _is_network(error):
+                advice = (
+                    f"run `{self.download_command}` on a machine with network access, or put the original "
+                    f"files into {folder}"
+                )
+            elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                advice = f"make room in {self.root}, or set data_dir (or ANOMALY_LAB_DATA) to another folder"
+            else:
+                advice = f"delete {folder} and run `{self.download_command}` again"
+            raise ValueError(f"{self.name} could not be fetched or read ({_reason(error)}): {advice}") from error
+        is_test = np.repeat([False, True], [len(half.data) for half in halves])
+        pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
+        images = Images.canonical(pixels, labels, is_test, class_names, superclass, name=self.name)
+        if self.published is not None and images.sha256 != self.published:
+            raise ValueError(
+                f"the files in {folder} are not the published {self.name} (decoded sha256 {images.sha256}, "
+                f"expected {self.published}): delete {folder} and run `{self.download_command}`"
+            )
+        return images
+
+    def _classes(self, halves: list[Any]) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+        return tuple(halves[0].classes), None
+
+
+@dataclass(frozen=True, kw_only=True)
+class MNIST(_Torchvision):
+    """60,000 + 10,000 grey 28x28 handwritten digits (LeCun et al. 1998)."""
+
+    name: str = "mnist"
+    config: ClassVar[str] = "mnist"
+    kind: ClassVar[str] = "MNIST"
+    folder: ClassVar[str] = "MNIST/raw"
+    published: ClassVar[str | None] = "7f45569a68eceedf24740501383f2b724a6191b17b3fc487cb5460aadd782ad5"
+
+    def _classes(self, halves: list[Any]) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+        # torchvision's "8 - eight" is a nuisance to type.
+        return tuple(str(digit) for digit in range(10)), None
+
+
+@dataclass(frozen=True, kw_only=True)
+class FashionMNIST(_Torchvision):
+    """60,000 + 10,000 grey 28x28 photographs of clothes (Xiao et al. 2017)."""
+
+    name: str = "fashion_mnist"
+    config: ClassVar[str] = "fashion_mnist"
+    kind: ClassVar[str] = "FashionMNIST"
+    folder: ClassVar[str] = "FashionMNIST/raw"
+    published: ClassVar[str | None] = "54daaf62c301b353f3a3ef52b3246b4c0a30fdc2ad2c6c877fb4a8c95e489e92"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CIFAR10(_Torchvision):
+    """50,000 + 10,000 colour 32x32 photographs (Krizhevsky 2009)."""
+
+    name: str = "cifar10"
+    config: ClassVar[str] = "cifar10"
+    kind: ClassVar[str] = "CIFAR10"
+    folder: ClassVar[str] = "cifar-10-batches-py"
+    published: ClassVar[str | None] = "2cb386b361aaa69b94b133b96481da589d21854ca031e61bb025559e2eb655bb"
+
+
+@dataclass(frozen=True, kw_only=True)
+class CIFAR100(_Torchvision):
+    """50,000 + 10,000 colour 32x32 photographs of 100 classes in 20 superclasses (Krizhevsky 2009)."""
+
+    name: str = "cifar100"
+    config: ClassVar[str] = "cifar100"
+    kind: ClassVar[str] = "CIFAR100"
+    folder: ClassVar[str] = "cifar-100-python"
+
+    def _classes(self, halves: list[Any]) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
+        # torchvision drops the coarse labels; its checksums have just vouched for the files they stand in.
+        folder = self.root / self.folder
+        with open(folder / "meta", "rb") as file:
+            coarse_names = pickle.load(file, encoding="latin1")["coarse_label_names"]
+        with open(folder / "test", "rb") as file:
+            test = pickle.load(file, encoding="latin1")
+        coarse = dict(zip(test["fine_labels"], test["coarse_labels"], strict=True))
+        fine_names = tuple(halves[0].classes)
+        return fine_names, tuple(coarse_names[coarse[fine]] for fine in range(len(fine_names)))
+
+
+# ----------------------------------------------------------------------------------------------------
+# Other sources
+
+
+@dataclass(frozen=True, kw_only=True)
+class COIL100(Dataset):
+    """100 objects in 72 poses, colour 128x128 (Nene, Nayar & Murase 1996), stored as exact block means.
+
+    Read from `<data_dir>/coil-100/objN__D.png` where that folder exists, else from `<data_dir>/coil-100.zip`,
+    which is downloaded where it is missing. Halves are rounded up, as Pillow's `Image.reduce` does.
+    """
+
+    name: str = "coil100"
+    size: int = 32
+
+    config: ClassVar[str] = "coil100"
+    url: ClassVar[str] = "http://www.cs.columbia.edu/CAVE/databases/SLAM_coil-20_coil-100/coil-100/coil-100.zip"
+    # Columbia publishes no checksum; this is TensorFlow Datasets' own (datasets/coil100/checksums.tsv).
+    archive_bytes: ClassVar[int] = 130_688_843
+    archive_sha256: ClassVar[str] = "fcb4b8b01c0778f416d8d7a09f45082c4f7075cc74743dcddd5c44307bd4afe7"
+    objects: ClassVar[int] = 100
+    native: ClassVar[int] = 128
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size < 1 or self.native % self.size:
+            raise ValueError(f"dataset.size={self.size} must divide {self.native}: use 128, 64, 32, 16 or 8")
+
+    @property
+    def cache(self) -> Path:
+        return _sized(self.root, self.name, self.size)
+
+    def _source(self) -> str:
+        return f"COIL100 {self.size}"
+
+    def decode(self) -> Images:
+        folder, archive = self.root / "coil-100", self.root / "coil-100.zip"
+        if folder.is_dir():
+            return self._assemble({path.name: path for path in folder.iterdir()}, folder)
+        if not archive.exists():
+            self._fetch(archive)
+        with _explained(archive, self._remedy()), open(archive, "rb") as opened:
+            found = hashlib.file_digest(opened, "sha256").hexdigest()
+        if found != self.archive_sha256:
+            raise ValueError(
+                f"{archive} is truncated or tampered with (sha256 {found}, expected "
+                f"{self.archive_sha256}): delete it and run `{self.download_command}`"
+            )
+        with zipfile.ZipFile(archive) as file:
+            members = {Path(member).name: io.BytesIO(file.read(member)) for member in file.namelist()}
+        return self._assemble(members, archive)
+
+    def _assemble(self, files: dict[str, Any], where: Path) -> Images:
+        expected = [f"obj{n}__{d}.png" for n in range(1, self.objects + 1) for d in range(0, 360, 5)]
+        pngs = {name for name in files if name.endswith(".png")}
+        if missing := [name for name in expected if name not in pngs]:
+            raise ValueError(
+                f"{where} lacks {len(missing)} of the {len(expected)} images, the first {missing[0]}: "
+                f"delete it and run `{self.download_command}`"
+            )
+        if strange := sorted(pngs.difference(expected)):
+            raise ValueError(f"{where} holds {strange[0]}, which is not an image of COIL-100: move it away")
+        k = self.native // self.size
+        pixels = np.empty((len(expected), 3, self.size, self.size), np.uint8)
+        for i, name in enumerate(expected):
+            image = _open_image(files[name], f"{where}/{name}", channels=3)
+            if image.shape != (3, self.native, self.native):
+                raise ValueError(
+                    f"{where}/{name} has {image.shape[2]}x{image.shape[1]} pixels, not the original "
+                    f"{self.native}x{self.native}: delete {where} and run `{self.download_command}`"
+                )
+            blocks = image.reshape(3, self.size, k, self.size, k).sum(axis=(2, 4), dtype=np.uint32)
+            pixels[i] = (blocks + k * k // 2) // (k * k)
+        labels = np.repeat(np.arange(self.objects), 72)
+        class_names = tuple(f"obj{n}" for n in range(1, self.objects + 1))
+        return Images.canonical(pixels, labels, np.zeros(len(labels), np.bool_), class_names, name=self.name)
+
+    def _fetch(self, target: Path) -> None:
+        from tqdm import tqdm
+
+        def copy(out: IO[bytes]) -> None:
+            digest = hashlib.sha256()
+            with tqdm(total=self.archive_bytes, unit="B", unit_scale=True, desc=target.name) as bar:
+                for block in self._stream(target):
+                    digest.update(block)
+                    out.write(block)
+                    bar.update(len(block))
+            if digest.hexdigest() != self.archive_sha256:
+                raise ValueError(
+                    f"{self.url} sent {out.tell()} bytes with sha256 {digest.hexdigest()}, expected "
+                    f"{self.archive_bytes} with {self.archive_sha256}: run `{self.download_command}` again, "
+                    f"or put the archive at {target}"
+                )
+
+        _replace(target, copy, self.archive_bytes)
+
+    def _stream(self, target: Path) -> Iterator[bytes]:
+        try:
+            with urllib.request.urlopen(self.url, timeout=NETWORK_TIMEOUT) as answer:
+                while block := answer.read(1 << 18):
+                    yield block
+        except (OSError, http.client.HTTPException) as error:
+            raise ValueError(
+                f"{self.url} could not be fetched ({_reason(error)}): run `{self.download_command}` on a "
+                f"machine with network access, or put the archive at {target}"
+            ) from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class Digits(Dataset):
+    """scikit-learn's 1,797 handwritten digits, grey 8x8, no test half (UCI, Alpaydin & Kaynak 1998)."""
+
+    name: str = "digits"
+    config: ClassVar[str] = "digits"
+
+    def decode(self) -> Images:
+        from sklearn.datasets import load_digits
+
+        digits = load_digits()
+        pixels = np.rint(digits.images * 255 / 16).astype(np.uint8)[:, None]  # 0..16 -> 0..255
+        class_names = tuple(str(digit) for digit in range(10))
+        return Images.canonical(pixels, digits.target, np.zeros(len(pixels), np.bool_), class_names, name=self.name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageFolder(Dataset):
+    """A folder of images in one of two layouts, resized to `size` x `size` at decoding.
+
+    `path/<class>/*` has no test half. Where `path/train` and `path/test` both exist, `path/train/<class>/*`
+    and `path/test/<class>/*` are the halves and anything else in `path` (MVTec's `ground_truth`) is left
+    alone; a class `good` then comes first, so that `normal_class=0` means it. Classes are otherwise in
+    natural order (2 before 10). Images of another size are stretched to the square by Pillow's bilinear
+    filter, which averages when it reduces.
+    """
+
+    path: str | Path
+    size: int = 32
+    channels: int = 3  # 1: grey (ITU-R 601 luma), 3: RGB
+
+    config: ClassVar[str] = "image_folder"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.size < 1:
+            raise ValueError(f"dataset.size={self.size}: give the side of the stored images in pixels, e.g. 32")
+        if self.channels not in (1, 3):
+            raise ValueError(f"dataset.channels={self.channels}: use 1 (grey) or 3 (colour)")
+
+    @property
+    def cache(self) -> Path:
+        return _sized(self.root, self.name, self.size)
+
+    def decode(self) -> Images:
+        listing = self._listing()
+        class_names = tuple(dict.fromkeys(name for _, name, _, _ in listing))
+        index = {name: k for k, name in enumerate(class_names)}
+        pixels = np.empty((len(listing), self.channels, self.size, self.size), np.uint8)
+        for i, (file, _, _, _) in enumerate(listing):
+            pixels[i] = _open_image(file, str(file), self.channels, self.size)
+        labels = np.array([index[name] for _, name, _, _ in listing], np.int64)
+        is_test = np.array([test for _, _, test, _ in listing], np.bool_)
+        return Images.canonical(pixels, labels, is_test, class_names, name=self.name)
+
+    def _cached(self) -> Images | None:
+        if self.cache.exists() and "source" not in _keys(self.cache, self._remedy()):
+            raise ValueError(
+                f"{self.cache} is a file of your own, not made from {self.path}: choose another dataset.name"
+            )
+        return super()._cached()
+
+    def _source(self) -> str:
+        digest = hashlib.sha256(json.dumps([self.size, self.channels]).encode())
+        for file, name, test, state in self._listing():
+            digest.update(json.dumps([file.name, name, test, state]).encode())
+        return f"ImageFolder {digest.hexdigest()}"
+
+    def _listing(self) -> list[tuple[Path, str, bool, tuple[int, int]]]:
+        """(file, class, is_test, (bytes, mtime)) of every image, classes in the order of their indices."""
+        try:
+            return [
+                (file, name, test, (file.stat().st_size, file.stat().st_mtime_ns)) for file, name, test in self._walk()
+            ]
+        except OSError as error:
+            raise ValueError(f"{error.filename} cannot be read ({_reason(error)}): repair or remove it") from error
+
+    def _walk(self) -> list[tuple[Path, str, bool]]:
+        root = Path(self.path).expanduser()
+        if not root.is_dir():
+            raise ValueError(f"dataset.path={self.path} is not a folder: give the one with the class folders")
+        halves = root / "train", root / "test"
+        split = all(half.is_dir() for half in halves)
+        folders = [
+            (folder, half.name == "test" and split)
+            for half in (halves if split else (root,))
+            for folder in half.iterdir()
+            if folder.is_dir() and not folder.name.startswith(".")
+        ]
+        if not folders:
+            raise ValueError(
+                f"{root} has no class folders: lay the images out as {root}/<class>/*.png, or as "
+                f"{root}/train/good and {root}/test/<defect>"
+            )
+
+        def rank(entry: tuple[Path, bool]) -> tuple[Any, ...]:
+            folder, test = entry
+            parts = re.split(r"(\d+)", folder.name)  # text and numbers alternate
+            natural = [(part, 0) if i % 2 == 0 else ("", int(part)) for i, part in enumerate(parts)]
+            return not (split and folder.name == "good"), natural, folder.name, test
+
+        listing = []
+        for folder, test in sorted(folders, key=rank):
+            files = sorted(
+                file
+                for file in folder.iterdir()
+                if file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
+            )
+            if not files:
+                raise ValueError(
+                    f"the class folder {folder} has no images ({' '.join(sorted(IMAGE_SUFFIXES))}): add some "
+                    "or remove it; two halves need both train and test"
+                )
+            listing += [(file, folder.name, test) for file in files]
+        return listing
+
+
+@dataclass(frozen=True, kw_only=True)
+class NPZ(Dataset):
+    """Any file of the documented format, read where it lies and never copied, so that it cannot be stale."""
+
+    path: str | Path
+    config: ClassVar[str] = "npz"
+
+    @property
+    def cache(self) -> Path:
+        return Path(self.path).expanduser()
+
+    def decode(self) -> Images:
+        raise ValueError(
+            f"dataset.path={self.path} is not there: give an .npz file with the keys {', '.join(REQUIRED)}"
+        )
+
+    def load(self) -> Images:
+        images = self._cached()
+        return self.decode() if images is None else images
+
+    def download(self) -> Path:
+        self.load()
+        return self.cache
+
+    def _remedy(self) -> str:
+        return "write it again in the format of docs/datasets.md"
+
+    def _cached(self) -> Images | None:
+        return _read(self.cache, self.name, self._remedy())[0] if self.cache.exists() else None
+
+
+# ----------------------------------------------------------------------------------------------------
+# Files
+
+
+def _sized(root: Path, name: str, size: int) -> Path:
+    return root / (f"{name}.npz" if size == 32 else f"{name}-{size}.npz")  # 32: the default in conf/dataset
+
+
+def _keys(path: Path, remedy: str) -> list[str]:
+    with _explained(path, remedy), np.load(path, allow_pickle=False) as file:
+        return list(file.files)
+
+
+def _read(path: Path, name: str, remedy: str) -> tuple[Images, str | None]:
+    """What a file of the documented format holds, and what it was made from (None: it is somebody's own)."""
+    with _explained(path, remedy), np.load(path, allow_pickle=False) as file:
+        if not isinstance(file, np.lib.npyio.NpzFile):
+            raise ValueError("one array, not an archive of named ones")
+        arrays = {key: file[key] for key in (*REQUIRED, "superclass", "sha256", "source") if key in file.files}
+    if fault := _fault(arrays):
+        raise ValueError(f"{path}: {fault}; the format is described in docs/datasets.md")
+    pixels, labels, is_test = (arrays[key] for key in REQUIRED[:3])
+    class_names = tuple(arrays["class_names"].tolist())
+    superclass = tuple(arrays["superclass"].tolist()) if "superclass" in arrays else None
+    if "sha256" not in arrays:
+        return Images.canonical(pixels, labels, is_test, class_names, superclass, name=name), None
+    # Ours: ordered and hashed when it was written; the archive's CRCs were checked while reading.
+    images = Images(
+        pixels,
+        labels.astype(np.int64, copy=False),
+        is_test,
+        class_names,
+        superclass,
+        name,
+        str(arrays["sha256"]),
+    )
+    return images, str(arrays["source"]) if "source" in arrays else None
+
+
+def _fault(arrays: dict[str, np.ndarray]) -> str | None:
+    """What is wrong with arrays that claim the documented format, and how to put it right."""
+    if missing := [key for key in REQUIRED if key not in arrays]:
+        return f"it has no {', '.join(missing)}: the keys {', '.join(REQUIRED)} are needed"
+    images, labels, is_test, names = (arrays[key] for key in REQUIRED)
+    if images.dtype != np.uint8:
+        return f"images must be uint8 from 0 to 255, not {images.dtype}: scale and round them"
+    if images.ndim != 4 or images.shape[1] not in (1, 3) or 0 in images.shape:
+        hint = ""
+        if images.ndim == 3:
+            hint = ": add the channel with images[:, None]"
+        elif images.ndim == 4 and images.shape[3] in (1, 3):
+            hint = ": put the channel first with images.transpose(0, 3, 1, 2)"
+        return f"images must have the shape (N, 1 or 3, H, W) and not be empty, not {images.shape}{hint}"
+    n = len(images)
+    for key, array, kinds in (("labels", labels, "iu"), ("is_test", is_test, "b")):
+        if array.shape != (n,) or array.dtype.kind not in kinds:
+            wanted = "integers" if key == "labels" else "bool"
+            return f"{key} must be {wanted} of the shape ({n},), not {array.dtype} of {array.shape}"
+    if names.ndim != 1 or names.dtype.kind != "U" or len(set(names.tolist())) != len(names):
+        return "class_names must be a list of different strings"
+    outside = (labels < 0) | (labels >= len(names))
+    if outside.any():
+        first = int(np.argmax(outside))
+        return f"labels must lie in 0..{len(names) - 1} (class_names), but labels[{first}] is {labels[first]}"
+    if "superclass" in arrays and (arrays["superclass"].shape != names.shape or arrays["superclass"].dtype.kind != "U"):
+        return f"superclass must hold one string for each of the {len(names)} class_names"
+    return None
+
+
+def _write(path: Path, images: Images, source: str) -> None:
+    arrays: dict[str, Any] = {
+        "images": images.pixels,
+        "labels": images.labels,
+        "is_test": images.is_test,
+        "class_names": np.array(images.class_names),
+        "sha256": np.array(images.sha256),
+        "source": np.array(source),
+    }
+    if images.superclass is not None:
+        arrays["superclass"] = np.array(images.superclass)
+    # Not compressed: CIFAR-10 then loads in half a second.
+    _replace(path, lambda out: np.savez(out, **arrays), images.pixels.nbytes)
+
+
+def _replace(path: Path, write: Callable[[IO[bytes]], None], nbytes: int) -> None:
+    """Write a file beside its place and rename it, so that nobody ever sees half of it."""
+    # A name of its own: processes on several machines may be making the same file.
+    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
+    try:
+        with open(part, "xb") as out:
+            write(out)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(part, path)
+    except OSError as error:
+        raise ValueError(
+            f"{path} could not be written ({_reason(error)}): make room for {max(1, nbytes // 10**6)} MB "
+            "there, or set data_dir (or ANOMALY_LAB_DATA) to another folder"
+        ) from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+@contextmanager
+def _locked(root: Path, name: str) -> Iterator[None]:
+    """Let one process at a time fetch and decode a set: torchvision downloads straight into its place."""
+    import fcntl
+
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        lock = open(root / f".{name}.lock", "ab")  # noqa: SIM115 (entered below)
+    except OSError as error:
+        raise ValueError(
+            f"data_dir={root} cannot be written to ({_reason(error)}): set data_dir (or ANOMALY_LAB_DATA) to "
+            "another folder"
+        ) from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError as error:  # some network file systems have no locks; the rename keeps the cache whole
+            warnings.warn(f"{root} cannot be locked ({_reason(error)}): start one process first", stacklevel=2)
+        yield
+
+
+@contextmanager
+def _explained(path: Path, remedy: str) -> Iterator[None]:
+    """Say in one line that a file cannot be read, whether numpy, zipfile, zlib or the file system noticed."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{path} is damaged or unreadable ({_reason(error)}): {remedy}") from error
+
+
+@contextmanager
+def _network_timeout() -> Iterator[None]:
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(NETWORK_TIMEOUT)  # torchvision sets none and would wait for ever
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
+
+
+def _is_network(error: BaseException) -> bool:
+    kinds = (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException)
+    return isinstance(error, kinds) or "urlopen" in str(error) or "HTTP Error" in str(error)
+
+
+def _reason(error: BaseException) -> str:
+    text = " ".join(str(error).split())
+    return text[:240] if text else type(error).__name__
+
+
+def _open_image(file: Any, where: str, channels: int, size: int | None = None) -> np.ndarray:
+    """Decode one image file into uint8 (C,H,W), resized to size x size where that is given."""
+    from PIL import Image, ImageOps
+
+    try:
+        with Image.open(file) as opened:
+            if opened.mode[0] in "IF":  # Pillow would clip these to 255 without a word
+                raise ValueError(f"its pixels are not 8-bit (mode {opened.mode})")
+            image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
+            if size is not None and image.size != (size, size):
+                image = image.resize((size, size), Image.Resampling.BILINEAR)
+            array = np.asarray(image)
+    # On damaged files Pillow raises OSError, SyntaxError, struct.error, DecompressionBombError and more.
+    except Exception as error:
+        raise ValueError(f"{where} cannot be read ({_reason(error)}): repair, convert or remove it") from error
+    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)

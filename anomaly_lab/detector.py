@@ -1,0 +1,315 @@
+"""The contract every method fits: plays, fit hooks, scoring, and checkpoints that load anywhere.
+
+Legend of the shape comments: B images in a batch, C channels, H = W pixels, N images of a set.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from lightning import LightningModule
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+from torchmetrics import Metric
+from torchmetrics.utilities import dim_zero_cat
+
+from anomaly_lab import metrics
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+
+class Batch(NamedTuple):
+    """Images ready for a network, what they truly are, and where they stand in their data set.
+
+    ``y`` is for reports only: no loss and no score may read it.
+    """
+
+    x: Tensor  # float32 (B,C,H,W)
+    y: Tensor  # uint8 (B,): 0 normal, 1 anomalous
+    index: Tensor  # type: ignore[assignment]  # int64 (B,); hides tuple.index, which nobody needs of a batch
+
+
+class Diverged(ValueError):
+    """Training left the finite numbers, so there is no detector to score with."""
+
+
+class ExactScores(Metric):
+    """AUROC, average precision and FPR at 95 % TPR of raw, unbounded scores.
+
+    torchmetrics' own binary metrics push whatever lies outside [0, 1] through a sigmoid, batch by batch, which ties
+    large scores. This one gathers scores and truth and computes `anomaly_lab.metrics` once, in float64.
+    """
+
+    is_differentiable = False
+    higher_is_better = True
+    full_state_update = False
+    score: list[Tensor]
+    truth: list[Tensor]
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("score", [], dist_reduce_fx="cat")
+        self.add_state("truth", [], dist_reduce_fx="cat")
+
+    def update(self, score: Tensor, truth: Tensor) -> None:
+        self.score.append(score.detach())
+        self.truth.append(truth)
+
+    def compute(self) -> dict[str, float]:
+        score = dim_zero_cat(self.score).double().cpu().numpy()
+        truth = dim_zero_cat(self.truth).cpu().numpy()
+        return {
+            "auroc": metrics.auroc(score, truth),
+            "average_precision": metrics.average_precision(score, truth),
+            "fpr95": metrics.fpr_at_tpr(score, truth),
+        }
+
+
+class Detector(LightningModule, ABC):
+    """Base of every method. A subclass says which networks play, with which losses, and how an image is scored.
+
+    A training step is a sequence of plays (`plays`): each yields the players that move at the same point and their
+    losses, in the paper's order; code after a ``yield`` sees the moved networks. Losses are pure functions of
+    networks and tensors (no ``.item()``, no branch on values), so the same code can be captured or stacked.
+
+    Args:
+        image_shape: (C,H,W) of the images the networks will see; given by the run, not by the yaml.
+        optimizer: makes the optimiser of one player from its parameters; or a mapping, one factory a player.
+        scheduler: makes the learning-rate schedule of an optimiser, stepped once an epoch; None keeps the rate.
+        clip: largest L2 norm of one player's gradient; None does not clip.
+    """
+
+    automatic_optimization = False  # every method: Lightning's own loop knows one loss a step
+    epochs_done: Tensor
+    steps_done: Tensor
+    images_seen: Tensor
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        optimizer: OptimizerFactory | Mapping[str, OptimizerFactory],
+        scheduler: SchedulerFactory | None = None,
+        clip: float | None = None,
+    ) -> None:
+        super().__init__()
+        self.image_shape = tuple(image_shape)
+        self.history: list[dict[str, float]] = []
+        """One row an epoch: epoch, the mean of every recorded loss, val_score, and oracle_auroc where asked for."""
+        self.noise = torch.Generator()
+        self._optimizer = optimizer
+        self._scheduler = scheduler
+        self._clip = clip
+        self._means: dict[str, tuple[Tensor, int]] = {}
+        self._fitted: set[str] = set()
+        self._evaluations: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        # Own counters: Lightning's global_step counts every optimiser's step.
+        self.register_buffer("epochs_done", torch.zeros((), dtype=torch.long))
+        self.register_buffer("steps_done", torch.zeros((), dtype=torch.long))
+        self.register_buffer("images_seen", torch.zeros((), dtype=torch.long))
+        self.test_metrics = ExactScores()
+
+    # What a method says -----------------------------------------------------------------------------------------
+
+    @abstractmethod
+    def score(self, x: Tensor) -> Tensor:
+        """Anomaly score of each image, higher is more anomalous; of that image alone, whatever else is in ``x``.
+
+        Called in eval mode. x: float32 (B,C,H,W) -> float32 (B,), raw: neither scaled nor clipped.
+        """
+
+    def players(self) -> Mapping[str, Sequence[nn.Module]]:
+        """The networks each optimiser owns; a network may belong to two. Empty for methods without gradients."""
+        return {}
+
+    def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
+        """One training step: the losses of the players that move together, once for each move."""
+        yield from ()
+
+    def before_fit(self, images: Tensor) -> None:
+        """Called once before the first epoch with the prepared training images (N,C,H,W), on the device."""
+
+    def after_fit(self, images: Tensor) -> None:
+        """Called once after the last epoch, in eval mode, with the prepared training images (N,C,H,W)."""
+
+    def train_indices(self, epoch: int) -> Tensor | None:
+        """Positions (n,) among the training images that take part in the zero-based ``epoch``; None for all."""
+        return None
+
+    def reconstruct(self, x: Tensor) -> Tensor | None:
+        """The images the method believes it saw, (B,C,H,W), for figures; None where a method has no such thing."""
+        return None
+
+    def anomaly_map(self, x: Tensor) -> Tensor | None:
+        """Where an image looks anomalous: (B,H,W), non-negative. By default the L1 error of the reconstruction."""
+        reconstruction = self.reconstruct(x)
+        return None if reconstruction is None else (x - reconstruction).abs().mean(1)
+
+    def decide(self, x: Tensor) -> Tensor | None:
+        """A paper's own decision rule: bool (B,). None: the run compares scores with a threshold from normals."""
+        return None
+
+    # What every method gets -------------------------------------------------------------------------------------
+
+    @property
+    def epoch(self) -> Tensor:
+        """Number of the current epoch, counted from 1, as papers write schedules; a tensor, so losses stay pure."""
+        return self.epochs_done + 1
+
+    def player_parameters(self, player: str) -> list[nn.Parameter]:
+        """The parameters that ``player`` owns, each once."""
+        return list(dict.fromkeys(p for network in self.players()[player] for p in network.parameters()))
+
+    def configure_optimizers(self) -> Any:
+        optimizers: list[Optimizer] = []
+        for player in self.players():
+            factory = self._optimizer[player] if isinstance(self._optimizer, Mapping) else self._optimizer
+            optimizers.append(factory(self.player_parameters(player)))
+        if self._scheduler is None:
+            return optimizers or None
+        return optimizers, [self._scheduler(optimizer) for optimizer in optimizers]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> None:
+        for losses in self.plays(batch):
+            self.minimise(losses)
+            for player, loss in losses.items():
+                self.record(f"loss_{player}", loss)
+        self.steps_done += 1
+        self.images_seen += len(batch.x)
+
+    def minimise(self, losses: Mapping[str, Tensor]) -> None:
+        """Move each player down the gradient of its own loss, with respect to its own parameters only.
+
+        All gradients are taken before anyone moves, so the players of one mapping play simultaneously. Nothing is
+        left behind on the others' parameters: a leftover gradient is what silently cancels the adversarial term of
+        the published USAD loop.
+        """
+        gradients = {}
+        for position, (player, loss) in enumerate(losses.items()):
+            parameters = self.player_parameters(player)
+            more = position < len(losses) - 1
+            found = torch.autograd.grad(loss, parameters, retain_graph=more, allow_unused=True)
+            gradients[player] = list(zip(parameters, found, strict=True))
+        optimizers = self._optimizers_by_player()
+        for player, pairs in gradients.items():
+            self.zero_grad(set_to_none=True)
+            for parameter, gradient in pairs:
+                parameter.grad = gradient
+            if self._clip is not None:
+                nn.utils.clip_grad_norm_([p for p, _ in pairs], self._clip)
+            optimizers[player].step()
+        self.zero_grad(set_to_none=True)
+
+    def record(self, name: str, value: Tensor) -> None:
+        """Add ``value`` (a scalar) to the epoch's mean of ``name``; read once an epoch, so the device never waits."""
+        total, count = self._means.get(name, (torch.zeros((), device=value.device), 0))
+        self._means[name] = (total + value.detach().float(), count + 1)
+
+    def epoch_means(self) -> dict[str, float]:
+        """The means recorded so far in this epoch. Waits for the device."""
+        return {name: (total / count).item() for name, (total, count) in self._means.items()}
+
+    def set_fitted(self, name: str, value: Tensor) -> None:
+        """Keep ``value`` as the buffer ``name``, whose size was not known before fitting; checkpoints restore it."""
+        self._fitted.add(name)
+        if name in self._buffers:
+            self._buffers[name] = value
+        else:
+            self.register_buffer(name, value)
+
+    def seed_noise(self, seed: int) -> None:
+        """Start the generator that all of the method's noise comes from; its state travels in the checkpoint."""
+        self.noise = torch.Generator(self.device).manual_seed(seed)
+
+    def scores_of(self, dataset: str) -> tuple[Tensor, Tensor]:
+        """Scores (N,) and indices (N,) of the last pass over ``dataset``, "val" or "test", on the CPU."""
+        scores, indices = zip(*self._evaluations[dataset], strict=True)
+        return torch.cat(scores).cpu(), torch.cat(indices).cpu()
+
+    # Lightning's hooks ------------------------------------------------------------------------------------------
+
+    def _optimizers_by_player(self) -> dict[str, LightningOptimizer]:
+        # Lightning's wrappers, because they count steps and let a precision plugin do its work.
+        found = self.optimizers()
+        listed = found if isinstance(found, list) else [found]
+        return dict(zip(self.players(), listed, strict=True))
+
+    def on_fit_start(self) -> None:
+        self._means.clear()
+        if self.noise.device != self.device:
+            self.seed_noise(self.noise.initial_seed())
+
+    def on_train_epoch_end(self) -> None:
+        row: dict[str, float] = {"epoch": int(self.epochs_done) + 1}
+        row |= self.epoch_means()
+        row["seconds"] = self._seconds
+        self._means.clear()
+        if "val" in self._evaluations:
+            row["val_score"] = self.scores_of("val")[0].double().mean().item()
+        if "test" in self._evaluations:
+            row["oracle_auroc"] = self.test_metrics.compute()["auroc"]
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise Diverged(f"training diverged: {name} is {value} at epoch {row['epoch']}; lower the learning rate")
+        schedulers = self.lr_schedulers()
+        if schedulers is not None:
+            for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
+                scheduler.step()  # type: ignore[call-arg]
+        self.history.append(row)
+        self.epochs_done += 1
+        for logger in self.trainer.loggers:
+            logger.log_metrics({k: v for k, v in row.items() if k != "epoch"}, step=int(row["epoch"]))
+
+    def on_train_epoch_start(self) -> None:
+        self._started = time.perf_counter()
+
+    def on_validation_epoch_start(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self._seconds = time.perf_counter() - self._started  # of training alone: validation starts here
+        self._evaluations = {}
+        self.test_metrics.reset()
+
+    def on_test_epoch_start(self) -> None:
+        self._evaluations = {}
+        self.test_metrics.reset()
+
+    def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
+        # The first loader holds the held-out normals; in training the second is there on request only.
+        self._evaluate("val" if dataloader_idx == 0 else "test", batch)
+
+    test_step = validation_step
+
+    def _evaluate(self, dataset: str, batch: Batch) -> None:
+        assert not self.training, "scores are taken in eval mode"
+        score = self.score(batch.x).detach().float()
+        assert score.shape == batch.index.shape, f"score() returned {tuple(score.shape)} for {len(batch.x)} images"
+        self._evaluations.setdefault(dataset, []).append((score, batch.index))
+        if dataset == "test":
+            self.test_metrics.update(score, batch.y)
+
+    def on_test_epoch_end(self) -> None:
+        self.log_dict(self.test_metrics.compute())
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        # Plain values and tensors only: checkpoints load under weights_only=True.
+        checkpoint["anomaly_lab"] = {
+            "history": self.history,
+            "noise": self.noise.get_state(),
+            "fitted": sorted(self._fitted),
+        }
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        own = checkpoint["anomaly_lab"]
+        self.history = own["history"]
+        self.noise = torch.Generator(self.device)
+        self.noise.set_state(own["noise"].cpu())
+        for name in own["fitted"]:
+            self.set_fitted(name, torch.empty_like(checkpoint["state_dict"][name], device=self.device))

@@ -1,0 +1,523 @@
+"""Every figure, for one run and for many.
+
+All functions return a `matplotlib.figure.Figure` made without pyplot: there is no global state, so they may
+be called from several threads and never open a window. `save` writes one to a PNG.
+
+Colours are those of Okabe and Ito ("Color Universal Design", 2008), which stay apart for colour-blind
+readers; normal is blue and anomalous is vermilion everywhere. Scores follow the project's one convention:
+higher is more anomalous.
+"""
+
+from __future__ import annotations
+
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from anomaly_lab import metrics
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+NORMAL = "#0072B2"
+ANOMALOUS = "#D55E00"
+NEUTRAL = "#5F6368"
+PALETTE = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
+_MISSING = "#E8EAED"
+
+
+def save(figure: Figure, path: str | Path, *, dpi: int = 130) -> Path:
+    """Write a PNG beside its place and rename it, so that a reader never meets half a file.
+
+    Same figure, same bytes.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with open(part, "wb") as file:
+            # Without the version of matplotlib in the header the bytes depend on the picture alone.
+            figure.savefig(file, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+    return path
+
+
+# ------------------------------------------------------------------------------------------------- one run
+
+
+def roc(score: np.ndarray, truth: np.ndarray, interval: tuple[float, float] | None = None, title: str = "") -> Figure:
+    """ROC curve of raw scores (N,) against truth (N,), 1 anomalous;
+
+    `interval` is the AUROC's, shown in the legend.
+    """
+    score, truth = _scores(score, truth)
+    fpr, tpr = metrics.roc_curve(score, truth)
+    area = metrics.auroc(score, truth)
+    label = f"AUROC {area:.3f}"
+    if interval is not None:
+        label += f" [{interval[0]:.3f}, {interval[1]:.3f}]"
+    figure, axes = _figure(4.6, 4.4)
+    axes.fill_between(fpr, tpr, color=NORMAL, alpha=0.08, linewidth=0)
+    axes.plot(fpr, tpr, color=NORMAL, linewidth=1.8, label=label, clip_on=False)
+    axes.plot([0, 1], [0, 1], color=NEUTRAL, linewidth=1, linestyle=(0, (4, 3)), label="chance")
+    axes.set(xlim=(0, 1), ylim=(0, 1), xlabel="false positive rate", ylabel="true positive rate")
+    axes.set_aspect("equal")
+    axes.legend(loc="lower right", frameon=False, fontsize=9)
+    _title(axes, title, 46)
+    return figure
+
+
+def score_histogram(score: np.ndarray, truth: np.ndarray, threshold: float | None = None, title: str = "") -> Figure:
+    """Histogram of raw scores (N,) by truth (N,), with the threshold where there is one.
+
+    Counts are logarithmic when one kind would otherwise vanish beside the other. Scores far outside the
+    central 99 % are put in the outermost bin, and a line under the figure says how many.
+    """
+    score, truth = _scores(score, truth)
+    low, high, notice = _range(score, threshold)
+    edges = np.linspace(low, high, int(np.clip(2 * np.sqrt(len(score)), 12, 50)) + 1).tolist()
+    shown = np.clip(score, low, high)
+    normal, anomalous = shown[truth == 0], shown[truth == 1]
+    tops = [np.histogram(part, edges)[0].max(initial=0) for part in (normal, anomalous)]
+    figure, axes = _figure(6.0, 3.8)
+    for part, colour, name in ((normal, NORMAL, "normal"), (anomalous, ANOMALOUS, "anomalous")):
+        if not len(part):
+            continue
+        axes.hist(part, edges, color=colour, alpha=0.35, linewidth=0)
+        axes.hist(part, edges, color=colour, histtype="step", linewidth=1.4, label=f"{name} ({len(part):,})")
+    if min(tops) > 0 and max(tops) > 8 * min(tops):
+        axes.set_yscale("log")
+        axes.set_ylim(bottom=0.7)
+    if threshold is not None:
+        axes.axvline(threshold, color="black", linewidth=1.2, linestyle=(0, (4, 2)), label=f"threshold {threshold:.4g}")
+    axes.set_xlim(low, high)
+    axes.set(xlabel="score (higher is more anomalous)", ylabel="images")
+    axes.margins(y=0.12)
+    # Above the axes: a legend inside would sit on one of the two humps.
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1.0), ncols=3, frameon=False, fontsize=9, borderaxespad=0.2)
+    if title:
+        figure.suptitle(_wrap(title, 72), fontsize=11)
+    if notice:
+        figure.text(0.99, 0.008, notice, fontsize=7.5, color=NEUTRAL, ha="right", va="bottom")
+        figure.get_layout_engine().set(rect=(0, 0.04, 1, 0.96))  # type: ignore[union-attr, call-arg]
+    return figure
+
+
+def training_curves(history: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
+    """Curves of one training: every `loss_*`, `val_score`, and `oracle_auroc` where it was recorded.
+
+    `history` holds a dict an epoch with the key `epoch`; an entry may lack keys (stages of a training
+    differ). The oracle has a panel of its own, named for what it is.
+    """
+    keys = list(dict.fromkeys(key for entry in history for key in entry))
+    losses = [key for key in keys if key.startswith("loss_")]
+    panels = [("losses", losses)] if losses else []
+    panels += [("val_score", ["val_score"])] if "val_score" in keys else []
+    panels += [("oracle", ["oracle_auroc"])] if "oracle_auroc" in keys else []
+    figure, first = _figure(4.3 * max(1, len(panels)), 3.5)
+    if not panels:
+        first.set_axis_off()
+        first.text(0.5, 0.5, "nothing was recorded while training", ha="center", va="center", color=NEUTRAL)
+        return figure
+    figure.clear()
+    for column, (name, names) in enumerate(panels):
+        axes = figure.add_subplot(1, len(panels), column + 1)
+        _clean(axes)
+        drawn: list[np.ndarray] = []
+        for number, key in enumerate(names):
+            points = [(entry["epoch"], entry[key]) for entry in history if entry.get(key) is not None]
+            epoch, value = np.array(points, dtype=float).reshape(-1, 2).T
+            drawn.append(value[np.isfinite(value)])
+            colour = {"val_score": NORMAL, "oracle": ANOMALOUS}.get(name, PALETTE[number % len(PALETTE)])
+            axes.plot(
+                epoch,
+                value,
+                color=colour,
+                linewidth=1.6,
+                marker=MARKERS[number % len(MARKERS)] if len(epoch) <= 30 else None,
+                markersize=4,
+                label=key.removeprefix("loss_"),
+            )
+        values = np.concatenate(drawn)
+        if name != "oracle" and len(values) and values.min() > 0 and values.max() > 30 * values.min():
+            axes.set_yscale("log")
+        if name == "losses":
+            axes.legend(frameon=False, fontsize=8, ncols=1 if len(names) < 5 else 2)
+            _title(axes, "losses", 40)
+        elif name == "val_score":
+            _title(axes, "val_score: mean score of held-out normals", 46)
+        else:
+            _title(axes, "oracle (looks at test labels)", 46)
+            axes.set_ylabel("AUROC on the test set")
+        axes.set_xlabel("epoch")
+        first_epoch, last_epoch = (bound([entry["epoch"] for entry in history]) for bound in (min, max))
+        if last_epoch - first_epoch < 6:
+            axes.set_xticks(range(first_epoch, last_epoch + 1))
+        axes.set_xlim(first_epoch - 0.04 * (last_epoch - first_epoch) - 0.2, last_epoch + 0.2)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    return figure
+
+
+def reconstruction_grid(
+    images: np.ndarray,
+    reconstructions: np.ndarray | None,
+    maps: np.ndarray | None,
+    scores: np.ndarray,
+    captions: Sequence[str],
+) -> Figure:
+    """Input, reconstruction and error, a column an image.
+
+    Args:
+        images: (B,C,H,W) float in [0,1], grey or RGB.
+        reconstructions: same shape, or None for a method that does not reconstruct (its row is left out).
+        maps: (B,H,W) or (B,1,H,W) anomaly maps on any scale; None takes the mean over the channels of |input
+            - reconstruction|. All columns share one colour scale, so that they can be compared.
+        scores: (B,), written above every column.
+        captions: (B,); neighbours with the same caption form a group with one heading.
+    """
+    images = np.asarray(images, dtype=float)
+    count = len(images)
+    if not count == len(scores) == len(captions):
+        raise ValueError(
+            f"a grid of {count} images needs as many scores ({len(scores)}) and captions ({len(captions)})"
+        )
+    rows: list[tuple[str, np.ndarray]] = [("input", images)]
+    if reconstructions is not None:
+        reconstructions = np.asarray(reconstructions, dtype=float)
+        rows.append(("reconstruction", reconstructions))
+        if maps is None:
+            maps = np.abs(images - reconstructions).mean(1)
+    if maps is not None:
+        maps = np.asarray(maps, dtype=float).reshape(count, *np.shape(maps)[-2:])
+        rows.append(("error" if reconstructions is not None else "anomaly map", maps))
+    top = float(np.quantile(maps, 0.999)) or 1.0 if maps is not None else 1.0
+    groups = [0] + [i for i in range(1, count) if captions[i] != captions[i - 1]]
+    gap = [0.35 * sum(start <= column for start in groups[1:]) for column in range(count)]
+    # Placed by hand in inches: a grid of many small squares is what layout engines are slow and uneven at.
+    cell, left, foot = 0.82, 1.12, 0.08
+    spans = [end - start for start, end in zip(groups, [*groups[1:], count], strict=True)]
+    headings = [
+        _wrap(captions[start], max(10, int(cell * span * 13))) for start, span in zip(groups, spans, strict=True)
+    ]
+    head = 0.36 + 0.15 * max(text.count("\n") + 1 for text in headings)
+    width, height = left + cell * (count + gap[-1]) + 0.08, head + cell * len(rows) + foot
+    figure, first = _figure(width, height, layout=None)
+    first.remove()
+    for row, (name, block) in enumerate(rows):
+        bottom = height - head - cell * (row + 1)
+        figure.text((left - 0.1) / width, (bottom + cell / 2) / height, name, fontsize=9, ha="right", va="center")
+        for column in range(count):
+            x = left + cell * (column + gap[column])
+            axes = figure.add_axes((x / width, bottom / height, 0.95 * cell / width, 0.95 * cell / height))
+            axes.set_axis_off()
+            if block.ndim == 3:
+                axes.imshow(block[column], cmap="magma", vmin=0, vmax=top, interpolation="nearest")
+            else:
+                _picture(axes, block[column])
+            if row == 0:
+                axes.set_title(f"{scores[column]:.3g}", fontsize=7.5, color=NEUTRAL, pad=2.5)
+    for start, span, text in zip(groups, spans, headings, strict=True):
+        x = left + cell * (start + gap[start] + span / 2) - 0.02
+        figure.text(x / width, (height - head + 0.28) / height, text, fontsize=8.5, ha="center", va="bottom")
+    return figure
+
+
+def heat_map_overlay(image: np.ndarray, anomaly_map: np.ndarray, title: str = "") -> Figure:
+    """The image (C,H,W) in [0,1] beside itself with the anomaly map (H,W) laid over it;
+
+    strong means anomalous.
+    """
+    image = np.asarray(image, dtype=float)
+    anomaly_map = np.asarray(anomaly_map, dtype=float).reshape(np.shape(anomaly_map)[-2:])
+    figure, first = _figure(6.4, 3.1)
+    first.remove()
+    high = float(np.quantile(anomaly_map, 0.995))
+    low = float(anomaly_map.min())
+    for column in (0, 1):
+        axes = figure.add_subplot(1, 2, column + 1)
+        axes.set_axis_off()
+        _picture(axes, image)
+        if column:
+            strength = np.clip((anomaly_map - low) / ((high - low) or 1.0), 0, 1)
+            rows, columns = image.shape[-2:]
+            layer = axes.imshow(
+                anomaly_map,
+                cmap="inferno",
+                vmin=low,
+                vmax=high if high > low else low + 1,
+                alpha=0.25 + 0.65 * strength,  # the image stays visible where nothing is wrong
+                interpolation="nearest",
+                extent=(-0.5, columns - 0.5, rows - 0.5, -0.5),
+            )
+            layer.set_zorder(2)
+            bar = figure.colorbar(layer, ax=axes, fraction=0.046, pad=0.03)
+            bar.ax.tick_params(labelsize=7)
+            bar.outline.set_visible(False)
+    if title:
+        figure.suptitle(_wrap(title, 72), fontsize=10)
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------- many runs
+
+
+def class_heat_map(frame: pd.DataFrame, title: str = "") -> Figure:
+    """Methods by classes: the mean AUROC over seeds, and in a column of its own the mean over classes.
+
+    `frame` has one row a run with the columns label, normal_class, class_name and auroc. Rows keep the
+    frame's order. A class that a method lacks stays grey, and the mean of such a row is left out: it would be
+    over other classes.
+    """
+    labels = list(dict.fromkeys(frame["label"]))
+    classes = dict(
+        sorted({int(c): str(n) for c, n in zip(frame["normal_class"], frame["class_name"], strict=True)}.items())
+    )
+    means = frame.groupby(["label", "normal_class"])["auroc"].mean()
+    table = np.array([[means.get((label, c), np.nan) for c in classes] for label in labels])  # (methods, classes)
+    names = [*classes.values(), "mean"]
+    lefts = np.arange(len(names)) + np.where(np.arange(len(names)) == len(classes), 0.3, 0)  # a gap before the mean
+    table = np.column_stack([table, table.mean(1)])
+    low = min(0.9, np.floor(10 * np.nanmin(table)) / 10)
+    numbers = len(names) <= 34
+    wrapped = [_wrap(label, 34) for label in labels]
+    lines_in_labels = sum(text.count("\n") + 1 for text in wrapped)
+    cell = 0.52 if numbers else 0.16
+    figure, axes = _figure(
+        2.6 + cell * len(names),
+        1.35 + max(0.34 * len(labels), 0.19 * lines_in_labels) + (0.3 if title else 0),
+    )
+    from matplotlib import colormaps
+
+    colours = colormaps["cividis"].with_extremes(bad=_MISSING)
+    rows = np.arange(len(labels) + 1)
+    for columns, block in (
+        (np.arange(len(classes) + 1), table[:, :-1]),
+        (lefts[-1] + np.arange(2), table[:, -1:]),
+    ):
+        mesh = axes.pcolormesh(
+            columns,
+            rows,
+            np.ma.masked_invalid(block),
+            cmap=colours,
+            vmin=low,
+            vmax=1.0,
+            edgecolors="white",
+            linewidth=1.2,
+        )
+    for (row, column), value in np.ndenumerate(table):
+        if not np.isfinite(value):
+            text, colour = "–", NEUTRAL
+        elif numbers:
+            text = f"{value:.3f}".removeprefix("0") if value < 0.9995 else "1.00"
+            colour = "white" if (value - low) / (1 - low) < 0.55 else "black"
+        else:
+            continue
+        axes.text(float(lefts[column]) + 0.5, row + 0.5, text, ha="center", va="center", fontsize=8, color=colour)
+    axes.invert_yaxis()
+    axes.set_yticks(np.arange(len(labels)) + 0.5, wrapped, fontsize=8.5)
+    long = max(map(len, names)) > 6 or not numbers
+    axes.set_xticks(
+        lefts + 0.5,
+        [_shorten(name, 18) for name in names],
+        fontsize=8.5 if numbers else 6,
+        rotation=40 if long else 0,
+        ha="right" if long else "center",
+        rotation_mode="anchor" if long else "default",
+    )
+    axes.tick_params(length=0)
+    axes.grid(False)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    bar = figure.colorbar(mesh, ax=axes, fraction=0.03, pad=0.02, aspect=12)
+    bar.ax.tick_params(labelsize=7.5, length=0)
+    bar.outline.set_visible(False)
+    bar.set_label("AUROC", fontsize=8)
+    _title(axes, title, 80)
+    return figure
+
+
+def box_plot(frame: pd.DataFrame, title: str = "") -> Figure:
+    """AUROC of every method over classes and seeds: box of the quartiles, a point a run, white dot the mean.
+
+    `frame` has one row a run with the columns label and auroc; the order of the methods is the frame's.
+    """
+    labels = list(dict.fromkeys(frame["label"]))
+    values = [frame.loc[frame["label"] == label, "auroc"].to_numpy(float) for label in labels]
+    wrapped = [_wrap(label, 34) for label in labels]
+    lines_in_labels = sum(text.count("\n") + 1 for text in wrapped)
+    figure, axes = _figure(6.6, 1.1 + max(0.46 * len(labels), 0.2 * lines_in_labels) + (0.25 if title else 0))
+    positions = np.arange(len(labels))
+    # By hand: the keyword that lays `boxplot` on its side is not the same one in all supported versions of
+    # matplotlib.
+    for number, points in enumerate(values):
+        colour = PALETTE[number % len(PALETTE)]
+        low, first, median, third, high = np.quantile(points, [0, 0.25, 0.5, 0.75, 1])
+        axes.plot([low, high], [number, number], color=NEUTRAL, linewidth=1, zorder=1)
+        axes.barh(number, third - first, 0.56, left=first, color="white", zorder=1.5)
+        axes.barh(number, third - first, 0.56, left=first, color=colour, alpha=0.28, linewidth=0, zorder=2)
+        axes.plot([median, median], [number - 0.28, number + 0.28], color="black", linewidth=1.4, zorder=2.5)
+    for number, points in enumerate(values):
+        # Spread by rank, not by chance: the same results give the same picture.
+        offset = 0.2 * (np.arange(len(points)) * 0.618 % 1 - 0.5)
+        colour = PALETTE[number % len(PALETTE)]
+        axes.plot(points, number + offset, "o", color=colour, markersize=3.6, alpha=0.75, markeredgewidth=0)
+        axes.plot(points.mean(), number, "o", color="white", markersize=6, markeredgecolor="black", zorder=4)
+        axes.annotate(
+            f"n={len(points)}",
+            (1, number),
+            xycoords=("axes fraction", "data"),
+            xytext=(5, 0),
+            textcoords="offset points",
+            fontsize=7.5,
+            color=NEUTRAL,
+            va="center",
+        )
+    axes.set_yticks(positions, wrapped, fontsize=8.5)
+    axes.set_ylim(len(labels) - 0.45, -0.55)
+    axes.grid(axis="y", visible=False)
+    lowest, highest = min(part.min() for part in values), max(part.max() for part in values)
+    pad = max(0.04 * (highest - lowest), 0.002)
+    if lowest < 0.5:
+        axes.axvline(0.5, color=NEUTRAL, linewidth=1, linestyle=(0, (4, 3)))
+    axes.set_xlim(lowest - pad, highest + pad)
+    axes.set_xlabel("AUROC")
+    _title(axes, title, 80)
+    return figure
+
+
+def lines(frame: pd.DataFrame, x: str, y: str, group: str, title: str = "") -> Figure:
+    """`y` against the numeric parameter `x`, a line for every value of `group`, in a band of ± one sd.
+
+    `frame` has one row a run with the columns x, y, group, normal_class and seed. A point is the mean over
+    classes, then over seeds; the band is over seeds where there are several, else over classes (the axis says
+    which). Only classes that a group has at every x are used, so that a line never moves because its classes
+    change.
+    """
+    frame = frame.dropna(subset=[x, y])
+    groups = list(dict.fromkeys(frame[group]))
+    over_seeds = frame["seed"].nunique() > 1
+    ticks = np.array(sorted(set(frame[x].astype(float))))
+    figure, axes = _figure(5.8, 3.9)
+    for number, name in enumerate(groups):
+        part = frame[frame[group] == name]
+        at = part.groupby("normal_class")[x].nunique()
+        everywhere = at.index[at == part[x].nunique()]
+        part = part[part["normal_class"].isin(everywhere)] if len(everywhere) else part
+        classes = part["normal_class"].nunique()
+        per = part.groupby([x, "seed" if over_seeds else "normal_class"])[y].mean().groupby(level=0)
+        mean, sd = per.mean(), per.std(ddof=1)
+        colour = PALETTE[number % len(PALETTE)]
+        axes.plot(
+            mean.index.astype(float),
+            mean.to_numpy(),
+            color=colour,
+            marker=MARKERS[number % len(MARKERS)],
+            markersize=4.5,
+            linewidth=1.7,
+            label=_wrap(f"{name} ({classes} class{'es' if classes > 1 else ''})", 40),
+        )
+        if sd.notna().any():
+            spread = sd.fillna(0).to_numpy()
+            axes.fill_between(
+                mean.index.astype(float), mean - spread, mean + spread, color=colour, alpha=0.14, linewidth=0
+            )
+    if len(ticks) and ticks.min() > 0 and ticks.max() >= 8 * ticks.min():
+        axes.set_xscale("log")
+    if 1 < len(ticks) <= 12:
+        axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        axes.minorticks_off()
+    axes.set_xlabel(x)
+    axes.set_ylabel(f"{'AUROC' if y == 'auroc' else y} (mean ± sd over {'seeds' if over_seeds else 'classes'})")
+    axes.legend(frameon=False, fontsize=8.5)
+    _title(axes, title, 70)
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------- parts
+
+
+def _figure(width: float, height: float, layout: str | None = "constrained") -> tuple[Figure, Axes]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout=layout, facecolor="white")  # type: ignore[arg-type]
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    _clean(axes)
+    return figure, axes
+
+
+def _clean(axes: Axes) -> None:
+    axes.set_axisbelow(True)
+    axes.grid(color="#E3E5E8", linewidth=0.7)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axes.spines[side].set_color("#9AA0A6")
+    axes.tick_params(color="#9AA0A6", labelsize=8.5)
+    axes.xaxis.label.set_fontsize(9.5)
+    axes.yaxis.label.set_fontsize(9.5)
+
+
+def _picture(axes: Axes, image: np.ndarray) -> None:
+    """Draw (C,H,W) in [0,1], one channel in grey, three in colour."""
+    image = np.clip(image, 0, 1)
+    if image.shape[0] == 1:
+        axes.imshow(image[0], cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+    else:
+        axes.imshow(image.transpose(1, 2, 0), interpolation="nearest")
+
+
+def _scores(score: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    score, truth = np.asarray(score, dtype=float), np.asarray(truth)
+    if score.shape != truth.shape or score.ndim != 1:
+        raise ValueError(f"scores {score.shape} and truth {truth.shape} must be two vectors of the same length")
+    return score, truth
+
+
+def _range(score: np.ndarray, threshold: float | None) -> tuple[float, float, str]:
+    """Range of a histogram and the notice about what lies outside:
+
+    far means beyond the central 99 % by its width.
+    """
+    low, high = float(score.min()), float(score.max())
+    inner_low, inner_high = np.quantile(score, [0.005, 0.995])
+    width = inner_high - inner_low
+    notices = []
+    if width > 0 and high > inner_high + width:
+        high = float(inner_high + 0.1 * width)
+        notices.append(f"{int((score > high).sum()):,} scores above {high:.3g}, up to {score.max():.3g}")
+    if width > 0 and low < inner_low - width:
+        low = float(inner_low - 0.1 * width)
+        notices.append(f"{int((score < low).sum()):,} scores below {low:.3g}, down to {score.min():.3g}")
+    if threshold is not None:
+        low, high = min(low, threshold), max(high, threshold)
+    if high <= low:  # all scores are the same
+        low, high = low - 0.5, high + 0.5
+    return low, high, f"outermost bin: {'; '.join(notices)}" if notices else ""
+
+
+def _title(axes: Axes, text: str, width: int) -> None:
+    if text:
+        axes.set_title(_wrap(text, width), fontsize=10, loc="left")
+
+
+def _wrap(text: str, width: int) -> str:
+    # Dotted keys have no blanks to break at, so long words are broken by force.
+    return "\n".join(textwrap.wrap(text, width)) or text
+
+
+def _shorten(text: str, width: int) -> str:
+    return text if len(text) <= width else text[: width - 1] + "…"

@@ -1,0 +1,397 @@
+"""One run: fit, score, measure, write. Idempotent and resumable; the files in its folder are the truth."""
+
+from __future__ import annotations
+
+import fcntl
+import functools
+import hashlib
+import json
+import logging
+import math
+import os
+import platform
+import resource
+import subprocess
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+from hydra.utils import instantiate
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from anomaly_lab import config, figures, metrics
+from anomaly_lab.data import OneClassData, Prepare
+from anomaly_lab.detector import Detector
+
+log = logging.getLogger(__name__)
+
+SCHEMA = 1
+
+
+def stream(seed: int, purpose: str) -> int:
+    """The seed of one independent stream of randomness (weights, noise) of a run: 63 bits."""
+    return int.from_bytes(hashlib.sha256(f"{purpose}/{seed}".encode()).digest()[:8]) >> 1
+
+
+def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
+    """Let ``write`` fill a neighbour of ``path``, then rename it: a file is whole or it is not there."""
+    part = path.with_name(path.name + ".part")
+    try:
+        with open(part, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    text = json.dumps(content, indent=1, allow_nan=False)
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+class _WholeFiles(TorchCheckpointIO):
+    """Checkpoints beside their place, then renamed. Lightning's own go through TMPDIR, often another file system."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        write_whole(Path(path), lambda file: torch.save(checkpoint, file))
+
+
+class _LastCheckpoint(Checkpoint):
+    """``last.ckpt`` after every epoch. A Checkpoint, because Lightning calls those after everybody else."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.save_checkpoint(self._path, weights_only=False)  # "weights only" would drop the optimisers
+
+
+class _Progress(Callback):
+    """One bar for the whole run: epoch, the losses of the last one, and the time left."""
+
+    def __init__(self, title: str) -> None:
+        self._title = title
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        steps = len(trainer.fit_loop._data_source.dataloader())
+        assert trainer.max_epochs is not None
+        self._bar = tqdm(total=trainer.max_epochs * steps, desc=self._title, unit="step", mininterval=0.5)
+        self._bar.update(int(pl_module.epochs_done) * steps)  # type: ignore[arg-type]
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        self._bar.update()
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Detector)
+        means = pl_module.epoch_means() | {"epoch": f"{int(pl_module.epochs_done) + 1}/{trainer.max_epochs}"}
+        self._bar.set_postfix({k.removeprefix("loss_"): v for k, v in means.items()})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._bar.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "_bar"):
+            self._bar.close()
+
+
+@contextmanager
+def _alone(out: Path) -> Iterator[bool]:
+    """Whether this process has the run's folder for itself. The kernel lets go of the lock when a process dies."""
+    out.mkdir(parents=True, exist_ok=True)
+    with open(out / ".lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        yield True
+
+
+def make_prepare(cfg: DictConfig) -> Prepare:
+    """The preprocessing ``model.input`` describes."""
+    given = OmegaConf.to_container(cfg.model.input, resolve=True)
+    assert isinstance(given, dict)
+    low, high = given.pop("range")
+    return Prepare(value_range=(low, high), **{str(key): value for key, value in given.items()})
+
+
+def make_data(cfg: DictConfig) -> OneClassData:
+    """The data module of ``cfg``: the class resolved, the partition made."""
+    return OneClassData(
+        config.load_images(cfg),
+        instantiate(cfg.split, _convert_="all"),
+        config.target(cfg),
+        make_prepare(cfg),
+        batch_size=cfg.model.batch_size,
+        epoch_steps=cfg.model.budget.epoch_steps,
+        score_batch_size=cfg.trainer.score_batch_size,
+        seed=cfg.seed,
+        watch_test=cfg.trainer.watch_test,
+    )
+
+
+def make_detector(cfg: DictConfig, image_shape: Sequence[int]) -> Detector:
+    """The untrained detector of ``cfg`` for images of shape (C,S,S); same seed, same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(cfg.seed, "weights"))
+        detector = instantiate(cfg.model.detector, image_shape=tuple(image_shape), _convert_="all")
+    if not isinstance(detector, Detector):
+        raise ValueError(f"model={cfg.choices.model}: model.detector._target_ must name a subclass of Detector")
+    detector.seed_noise(stream(cfg.seed, "noise"))
+    return detector
+
+
+def _epochs(cfg: DictConfig, data: OneClassData) -> int:
+    """The budget in whole epochs; a budget of steps is rounded up."""
+    budget = cfg.model.budget
+    if (budget.epochs is None) == (budget.steps is None):
+        raise ValueError("give model.budget either epochs or steps, and null for the other")
+    return int(budget.epochs) if budget.steps is None else math.ceil(budget.steps / len(data.train_dataloader()))
+
+
+def make_trainer(
+    cfg: DictConfig, data: OneClassData, out: Path, title: str, logger: Any = False, callbacks: Sequence[Callback] = ()
+) -> Trainer:
+    """A Lightning trainer for exactly one run: one device, no state outside ``out``."""
+    precision = cfg.trainer.precision
+    if precision not in ("32-true", "tf32", "bf16-mixed"):
+        raise ValueError(f"trainer.precision={precision}: choose 32-true, tf32 or bf16-mixed")
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    own: list[Callback] = [_LastCheckpoint(out / "last.ckpt")]
+    if cfg.trainer.progress:
+        own.append(_Progress(title))
+    return Trainer(
+        accelerator=cfg.trainer.accelerator,
+        devices=1,
+        precision="bf16-mixed" if precision == "bf16-mixed" else "32-true",
+        max_epochs=_epochs(cfg, data),
+        callbacks=[*own, *callbacks],
+        plugins=[_WholeFiles()],
+        logger=logger,
+        default_root_dir=out,
+        deterministic="warn",
+        inference_mode=False,  # a score may need gradients (AnoGAN's search in latent space)
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+
+
+def _threads(cfg: DictConfig) -> None:
+    """All cores for one run; the launcher's share of them where several run side by side."""
+    if cfg.trainer.threads is not None:
+        torch.set_num_threads(cfg.trainer.threads)
+    elif "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+@functools.cache
+def _git() -> dict[str, Any]:
+    """Commit and dirtiness of the code that runs; nulls where it is not a checkout."""
+    folder = Path(__file__).parent
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout.strip()
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel")) != folder.parent.resolve():
+            return {"sha": None, "dirty": None}  # installed inside somebody else's repository
+        return {"sha": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
+    except (OSError, subprocess.CalledProcessError):
+        return {"sha": None, "dirty": None}
+
+
+def _versions() -> dict[str, str]:
+    packages = ("anomaly-lab", "torch", "torchvision", "lightning", "torchmetrics", "hydra-core", "numpy")
+    return {"python": platform.python_version()} | {package: version(package) for package in packages}
+
+
+def _device(trainer: Trainer) -> tuple[str, float]:
+    """The device's name and the peak of memory on it, in MB (on the CPU: of the process)."""
+    device = trainer.strategy.root_device
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device) / 2**20
+    return device.type, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def run(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> dict[str, Any] | None:
+    """Make the run that ``cfg`` describes, as far as it is not made yet, and return its ``result.json``.
+
+    A finished run is returned as it is. A started one resumes after its last whole epoch, with the same weights to
+    the bit on the same kind of device. None if another process is busy with the same run.
+
+    Raises:
+        ValueError: the configuration or the data do not fit; one line says what to do.
+        Diverged: training left the finite numbers. Whatever ends a started run is recorded in ``failure.json``.
+    """
+    identity = config.identity(cfg)
+    out = config.run_dir(cfg)
+    result = _finished(cfg, out)
+    if result is not None:
+        log.info("%s: done before, nothing to do", out)
+        return result
+    with _alone(out) as alone:
+        if not alone:
+            log.warning("%s: another process is busy with this run; left to it", out)
+            return None
+        try:
+            result = _make(cfg, identity, out, callbacks)
+        except Exception as error:
+            failure = {"identity": identity, "error": f"{type(error).__name__}: {error}"}
+            write_json(out / "failure.json", failure | {"traceback": traceback.format_exc(), "time": _now()})
+            raise
+        (out / "failure.json").unlink(missing_ok=True)
+        return result
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def _finished(cfg: DictConfig, out: Path) -> dict[str, Any] | None:
+    if not (out / "result.json").is_file():
+        return None
+    result = json.loads((out / "result.json").read_text())
+    # trainer.watch_test changes no score, so it is no part of the identity; but what was not watched must be made.
+    return None if cfg.trainer.watch_test and result["metrics"]["oracle_auroc"] is None else result
+
+
+def _resumable(cfg: DictConfig, out: Path) -> Path | None:
+    checkpoint = out / "last.ckpt"
+    if not checkpoint.is_file():
+        return None
+    history = torch.load(checkpoint, map_location="cpu", weights_only=True)["anomaly_lab"]["history"]
+    if cfg.trainer.watch_test and any("oracle_auroc" not in row for row in history):
+        log.info("%s: its test AUROC was not watched so far; starting again", out)
+        return None
+    return checkpoint
+
+
+def _make(cfg: DictConfig, identity: dict[str, Any], out: Path, callbacks: Sequence[Callback]) -> dict[str, Any]:
+    _threads(cfg)
+    data, split = make_data(cfg), instantiate(cfg.split)
+    detector = make_detector(cfg, data.image_shape)
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    logger = instantiate(cfg.logger)(out, identity, resolved) if cfg.get("logger") else False
+    class_name = split.classes(data.images)[data.target]
+    title = f"{identity['model']} {identity['dataset']} {class_name}"
+    trainer = make_trainer(cfg, data, out, title, logger, callbacks)
+    device = trainer.strategy.root_device
+
+    checkpoint = _resumable(cfg, out)
+    if checkpoint is None:
+        detector.to(device).before_fit(data.prepared("train").to(device))
+    else:
+        log.info("%s: resuming", out)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*exists and is not empty.*")
+        warnings.filterwarnings("ignore", message=".*`training_step` returned `None`.*|.*log_every_n_steps.*")
+        trainer.fit(detector, datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        detector.to(device).eval()
+        with torch.no_grad():
+            detector.after_fit(data.prepared("train").to(device))
+        trainer.save_checkpoint(out / "last.ckpt", weights_only=False)
+        started = time.perf_counter()
+        trainer.test(detector, datamodule=data, verbose=False)
+    score_seconds = time.perf_counter() - started
+
+    val_score = detector.scores_of("val")[0].numpy()
+    score, index = (tensor.numpy() for tensor in detector.scores_of("test"))
+    partition = data.partition
+    assert np.array_equal(index, partition.test), "test images came in another order than they were asked for"
+    threshold = metrics.threshold_from_normals(val_score, cfg.trainer.threshold_quantile)
+    oracle = [row["oracle_auroc"] for row in detector.history if "oracle_auroc" in row]
+    arrays: dict[str, Any] = {
+        "score": score.astype(np.float32),
+        "truth": partition.test_truth,
+        "label": data.images.labels[partition.test],
+        "index": partition.test,
+        "val_score": val_score.astype(np.float32),
+    }
+    write_whole(out / "scores.npz", lambda file: np.savez_compressed(file, **arrays))
+    name, memory = _device(trainer)
+    seconds = sum(row["seconds"] for row in detector.history)
+    result = {
+        "schema": SCHEMA,
+        "identity": identity,
+        "class_name": class_name,
+        "role": split.role,
+        "image_shape": list(data.image_shape),
+        "stored_shape": list(data.images.pixels.shape[1:]),
+        "metrics": metrics.evaluate(score, partition.test_truth, threshold=threshold)
+        | {"threshold": threshold, "val_score": float(val_score.mean(dtype=np.float64))}
+        | {"oracle_auroc": max(oracle, default=None)},
+        "partition": {
+            "fingerprint": partition.fingerprint,
+            "version": split.version,
+            "train": len(partition.train),
+            "train_anomalous": int(partition.train_truth.sum()),
+            "val": len(partition.val),
+            "test_normal": int((partition.test_truth == 0).sum()),
+            "test_anomalous": int(partition.test_truth.sum()),
+        },
+        "config": resolved,
+        "experiment": cfg.choices.experiment,
+        "git": _git(),
+        "versions": _versions(),
+        "device": name,
+        "finished": _now(),
+        "seconds": {"fit": round(seconds, 3), "score": round(score_seconds, 3)},
+        "images_per_second": round(int(detector.images_seen) / seconds, 1),
+        "peak_memory_mb": round(memory, 1),
+        "epochs": int(detector.epochs_done),
+        "steps": int(detector.steps_done),
+        "history": detector.history,
+    }
+    _draw(detector, data, score, result, out / "figures")
+    write_json(out / "result.json", result)
+    return result
+
+
+def _draw(detector: Detector, data: OneClassData, score: np.ndarray, result: Mapping[str, Any], folder: Path) -> None:
+    """The run's pictures, from what is written beside them."""
+    identity, measured, truth = result["identity"], result["metrics"], data.partition.test_truth
+    title = f"{identity['model']}, {identity['dataset']} {identity['split']}, {result['role']}: {result['class_name']}"
+    interval = (measured["auroc_low"], measured["auroc_high"])
+    figures.save(figures.roc(score, truth, interval, title), folder / "roc.png")
+    figures.save(figures.score_histogram(score, truth, measured["threshold"], title), folder / "scores.png")
+    if result["history"]:
+        figures.save(figures.training_curves(result["history"], title), folder / "training.png")
+    chosen: list[int] = []
+    captions: list[str] = []
+    for kind, name in enumerate(("normal", "anomalous")):
+        members = np.flatnonzero(truth == kind)
+        ranked = members[np.argsort(score[members], kind="stable")]
+        count = min(4, len(ranked) // 2)
+        for end, some in (("most normal", ranked[:count]), ("most anomalous", ranked[len(ranked) - count :])):
+            chosen += some.tolist()
+            captions += [f"{name} images, {end}"] * count
+    if not chosen:
+        return
+    x = data.prepared("test", chosen).to(detector.device)
+    with torch.no_grad():
+        reconstruction, maps = detector.reconstruct(x), detector.anomaly_map(x)
+    grid = figures.reconstruction_grid(
+        data.prepare.displayable(x).cpu().numpy(),
+        None if reconstruction is None else data.prepare.displayable(reconstruction).cpu().numpy(),
+        None if maps is None else maps.cpu().numpy(),
+        score[chosen],
+        captions,
+    )
+    figures.save(grid, folder / "reconstructions.png")
