@@ -289,7 +289,7 @@ def class_heat_map(frame: pd.DataFrame, title: str = "") -> Figure:
     names = [*classes.values(), "mean"]
     lefts = np.arange(len(names)) + np.where(np.arange(len(names)) == len(classes), 0.3, 0)  # a gap before the mean
     table = np.column_stack([table, table.mean(1)])
-    low = min(0.9, np.floor(10 * np.nanmin(table)) / 10)
+    low = min(0.9, np.floor(20 * np.nanmin(table)) / 20)
     numbers = len(names) <= 34
     wrapped = [_wrap(label, 34) for label in labels]
     lines_in_labels = sum(text.count("\n") + 1 for text in wrapped)
@@ -397,7 +397,7 @@ def box_plot(frame: pd.DataFrame, title: str = "") -> Figure:
     return figure
 
 
-def lines(frame: pd.DataFrame, x: str, y: str, group: str, title: str = "") -> Figure:
+def lines(frame: pd.DataFrame, x: str, y: str, group: str, title: str = "", *, xlabel: str | None = None) -> Figure:
     """`y` against the numeric parameter `x`, a line for every value of `group`, in a band of ± one sd.
 
     `frame` has one row a run with the columns x, y, group, normal_class and seed. A point is the mean over
@@ -409,13 +409,15 @@ def lines(frame: pd.DataFrame, x: str, y: str, group: str, title: str = "") -> F
     groups = list(dict.fromkeys(frame[group]))
     over_seeds = frame["seed"].nunique() > 1
     ticks = np.array(sorted(set(frame[x].astype(float))))
-    figure, axes = _figure(5.8, 3.9)
+    classes: set[int] = set()
+    outside = len(groups) > 5  # a long legend would hide the lines
+    figure, axes = _figure(8.6 if outside else 5.8, max(3.9, 0.31 * len(groups)))
     for number, name in enumerate(groups):
         part = frame[frame[group] == name]
         at = part.groupby("normal_class")[x].nunique()
         everywhere = at.index[at == part[x].nunique()]
         part = part[part["normal_class"].isin(everywhere)] if len(everywhere) else part
-        classes = part["normal_class"].nunique()
+        classes.add(part["normal_class"].nunique())
         per = part.groupby([x, "seed" if over_seeds else "normal_class"])[y].mean().groupby(level=0)
         mean, sd = per.mean(), per.std(ddof=1)
         colour = PALETTE[number % len(PALETTE)]
@@ -423,25 +425,37 @@ def lines(frame: pd.DataFrame, x: str, y: str, group: str, title: str = "") -> F
             mean.index.astype(float),
             mean.to_numpy(),
             color=colour,
-            marker=MARKERS[number % len(MARKERS)],
+            linestyle="-" if number < len(PALETTE) else (0, (4, 2)),
+            marker=MARKERS[number % len(MARKERS)] if len(mean) <= 30 else None,
             markersize=4.5,
             linewidth=1.7,
-            label=_wrap(f"{name} ({classes} class{'es' if classes > 1 else ''})", 40),
+            label=_wrap(str(name), 40),
         )
         if sd.notna().any():
             spread = sd.fillna(0).to_numpy()
             axes.fill_between(
                 mean.index.astype(float), mean - spread, mean + spread, color=colour, alpha=0.14, linewidth=0
             )
-    if len(ticks) and ticks.min() > 0 and ticks.max() >= 8 * ticks.min():
+    if len(ticks) and ticks.min() > 0 and ticks.max() >= 8 * ticks.min() and not _evenly(ticks):
         axes.set_xscale("log")
     if 1 < len(ticks) <= 12:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
-    axes.set_xlabel(x)
-    axes.set_ylabel(f"{'AUROC' if y == 'auroc' else y} (mean ± sd over {'seeds' if over_seeds else 'classes'})")
-    axes.legend(frameon=False, fontsize=8.5)
-    _title(axes, title, 70)
+    axes.set_xlabel(xlabel or x)
+    number_of = f"{min(classes)} to {max(classes)}" if len(classes) > 1 else f"{max(classes, default=0)}"
+    over = f"{number_of} class{'' if classes == {1} else 'es'}"
+    if over_seeds:
+        spread = f"mean over {over}, ± sd over seeds"
+    else:
+        spread = f"mean ± sd over {over}" if max(classes, default=0) > 1 else over
+    axes.set_ylabel(f"{'AUROC' if y in ('auroc', 'oracle_auroc') else y} ({spread})")
+    if not groups:
+        axes.text(0.5, 0.5, "nothing was recorded", transform=axes.transAxes, ha="center", color=NEUTRAL)
+    elif outside:
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+    else:
+        axes.legend(frameon=False, fontsize=8.5)
+    _title(axes, title, 100 if outside else 70)
     return figure
 
 
@@ -517,6 +531,11 @@ def _title(axes: Axes, text: str, width: int) -> None:
 def _wrap(text: str, width: int) -> str:
     # Dotted keys have no blanks to break at, so long words are broken by force.
     return "\n".join(textwrap.wrap(text, width)) or text
+
+
+def _evenly(ticks: np.ndarray) -> bool:
+    steps = np.diff(ticks)
+    return len(steps) > 1 and bool(np.allclose(steps, steps[0]))
 
 
 def _shorten(text: str, width: int) -> str:

@@ -1,198 +1,278 @@
 """A finished run as a detector for new images: arrays, image files, and the console command ``anomaly-lab-score``.
 
-Legend of the shape comments: N images, C channels, H×W pixels as given, S×S as the network sees them.
+Legend of the shape comments: N images, B of them in a batch, C channels, H×W as stored, S×S as the network sees them.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import io
 import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from omegaconf import OmegaConf
-from torch import Tensor
 
-from anomaly_lab.data import Prepare
-from anomaly_lab.detector import Detector
-from anomaly_lab.run import make_detector, make_prepare, write_whole
+from anomaly_lab.datasets import IMAGE_SUFFIXES, _open_image
+
+# torch and Lightning take seconds to import: they come with the first run that is loaded, not with --help.
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+    from anomaly_lab.data import Prepare
+    from anomaly_lab.detector import Detector
 
 BATCH = 256
 
 
+@dataclass(frozen=True)
 class FittedDetector:
     """What a run learned, ready for images it has never seen. Made by `load_run`.
 
+    Arrays of images are uint8 in the layout (N,H,W), (N,H,W,C) or (N,C,H,W), of the channels and the size that the
+    run's data set is stored in; `read` brings image files there. Anything else is a ValueError.
+
     Attributes:
-        detector: the network, in eval mode. prepare: its preprocessing. result: the run's ``result.json``.
-        threshold: scores above it are called anomalous; from held-out normals, None where there were too few.
+        detector: the networks, in eval mode on ``device``. prepare: the run's preprocessing.
+        result: the run's ``result.json``.
     """
 
-    def __init__(self, detector: Detector, prepare: Prepare, result: dict[str, Any], device: torch.device) -> None:
-        self.detector = detector.to(device).eval()
-        self.prepare, self.result, self.device = prepare, result, device
-        self.threshold: float | None = result["metrics"]["threshold"]
+    detector: Detector
+    prepare: Prepare
+    result: dict[str, Any]
+    device: torch.device
+
+    @property
+    def threshold(self) -> float | None:
+        """Scores above it are called anomalous; from held-out normals, None where those were too few."""
+        threshold: float | None = self.result["metrics"]["threshold"]
+        return threshold
+
+    @property
+    def stored_shape(self) -> tuple[int, int, int]:
+        """(C,H,W) of the run's data set."""
+        channels, height, width = self.result["stored_shape"]
+        return channels, height, width
 
     def score(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Anomaly scores (N,), higher is more anomalous, of uint8 images (N,H,W), (N,H,W,3) or (N,C,H,W).
-
-        Raises:
-            ValueError: another dtype or shape, or colour where the run saw grey and the like.
-        """
-        scores = [self.detector.score(x).detach().float().cpu() for x in self._batches(images)]
-        return torch.cat(scores).numpy() if scores else np.zeros(0, np.float32)
+        """Anomaly scores float32 (N,), raw as in the run's ``scores.npz``; higher is more anomalous."""
+        found = self._each(self.detector.score, images)
+        return np.zeros(0, np.float32) if found is None else found.astype(np.float32, copy=False)
 
     def decide(self, images: NDArray[np.uint8]) -> NDArray[np.bool_]:
-        """Which images (N,) are called anomalous: by the method's own rule, or by the threshold from normals.
+        """Which images are called anomalous, bool (N,): by the method's own rule, or by the threshold from normals.
 
         Raises:
             ValueError: the method has no rule of its own and the run had too few held-out normals for a threshold.
         """
-        own = [self.detector.decide(x) for x in self._batches(images)]
-        if own and own[0] is not None:
-            return torch.cat([decided for decided in own if decided is not None]).cpu().numpy()
-        if self.threshold is None:
-            raise ValueError("this run held out fewer than 20 normal images, too few for a threshold: use score()")
-        return self.score(images) > self.threshold
+        decided = self._decisions(images, self.score(images))
+        if decided is None:
+            raise ValueError("this run held out too few normal images for a threshold: use the scores")
+        return decided
 
     def anomaly_map(self, images: NDArray[np.uint8]) -> NDArray[np.float32] | None:
-        """Where each image looks anomalous, (N,S,S) at the network's resolution; None if the method cannot say."""
-        maps = [self.detector.anomaly_map(x) for x in self._batches(images)]
-        found = [one.detach().float().cpu() for one in maps if one is not None]
-        return torch.cat(found).numpy() if found else None
+        """Where each image looks anomalous, float32 (N,S,S), as the network sees it; None if the method cannot say."""
+        found = self._each(self.detector.anomaly_map, images)
+        return None if found is None else found.astype(np.float32, copy=False)
 
     def read(self, paths: Sequence[str | Path]) -> NDArray[np.uint8]:
-        """Image files as uint8 (N,C,H,W), in the colour and the size of the run's data set.
+        """Image files as uint8 (N,C,H,W): in the colours of the run's data set, stretched to its size if they differ.
+
+        Done as by `anomaly_lab.datasets.ImageFolder`; orientation tags are obeyed, transparency is ignored.
 
         Raises:
-            ValueError: a file that is no readable image, named.
+            ValueError: a file that is no readable 8-bit image, named.
         """
-        from PIL import Image, UnidentifiedImageError
+        channels, height, width = self.stored_shape
+        images = np.empty((len(paths), channels, height, width), np.uint8)
+        for i, path in enumerate(paths):
+            image = _open_image(path, str(path), channels, height if height == width else None)
+            if image.shape[1:] != (height, width):  # only where the data set itself is not square
+                raise ValueError(f"{path} has {image.shape[2]}x{image.shape[1]} pixels: bring it to {width}x{height}")
+            images[i] = image
+        return images
 
-        channels, height, width = self.result["stored_shape"]
-        images = []
-        for path in paths:
-            try:
-                with Image.open(path) as image:
-                    # Like the folder reader: the data set's size by box-filtered reduction or bilinear enlargement.
-                    converted = image.convert("L" if channels == 1 else "RGB")
-                    if converted.size != (width, height):
-                        smaller = converted.width >= width and converted.height >= height
-                        filter_ = Image.Resampling.BOX if smaller else Image.Resampling.BILINEAR
-                        converted = converted.resize((width, height), filter_)
-                    pixels = np.asarray(converted)
-            except (OSError, UnidentifiedImageError) as error:
-                raise ValueError(f"{path} is not a readable image: {error}") from error
-            images.append(pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1))
-        return np.stack(images) if images else np.zeros((0, channels, height, width), np.uint8)
+    def displayable(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The images as the network sees them, in [0, 1], float32 (N,C,S,S): what `anomaly_map` lies over."""
+        found = self._each(self.prepare.displayable, images)
+        return np.zeros((0, *self.detector.image_shape), np.float32) if found is None else found
+
+    def _decisions(self, images: NDArray[np.uint8], scores: NDArray[np.float32]) -> NDArray[np.bool_] | None:
+        own = self._each(self.detector.decide, images)
+        if own is not None:
+            return own.astype(np.bool_, copy=False)
+        # In float64, as `anomaly_lab.metrics` compares them: a score at the threshold is normal there and here.
+        return None if self.threshold is None else scores.astype(np.float64) > self.threshold
+
+    def _each(
+        self, function: Callable[[Tensor], Tensor | None], images: NDArray[np.uint8]
+    ) -> NDArray[Any] | None:
+        """``function`` of the prepared images, batch by batch; None if it gives None, or if there are no images."""
+        import torch
+
+        # The threshold was taken from scores of the run's own precision.
+        mixed = self.result["config"]["trainer"]["precision"] == "bf16-mixed"
+        context = torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext()
+        found = []
+        with torch.no_grad(), context:
+            for x in self._batches(images):
+                values = function(x)
+                if values is None:
+                    return None
+                values = values.detach().cpu()
+                found.append((values.float() if values.is_floating_point() else values).numpy())
+        return np.concatenate(found) if found else None
 
     def _batches(self, images: NDArray[np.uint8]) -> Iterator[Tensor]:
-        if images.dtype != np.uint8 or images.ndim not in (3, 4):
-            raise ValueError(f"give uint8 images of (N,H,W), (N,H,W,3) or (N,C,H,W), not {images.dtype} {images.shape}")
-        if images.ndim == 3:
+        """float32 (B,C',S,S) on the device."""
+        import torch
+
+        images = np.asarray(images)
+        shape = self.stored_shape
+        if images.ndim == 3 and shape[0] == 1:
             images = images[:, None]
-        elif images.shape[1] not in (1, 3) and images.shape[-1] in (1, 3):
+        elif images.ndim == 4 and images.shape[1:] != shape:
             images = images.transpose(0, 3, 1, 2)
-        expected = self.detector.image_shape[0]
+        if images.dtype != np.uint8 or images.shape[1:] != shape:
+            channels, height, width = shape
+            grey = f"(N,{height},{width}), " if channels == 1 else ""
+            raise ValueError(
+                f"this run wants uint8 images of {grey}(N,{height},{width},{channels}) or {('N', *shape)}, "
+                f"not {images.dtype} {images.shape}; read() brings image files there".replace("'", "")
+            )
         for start in range(0, len(images), BATCH):
-            x = self.prepare(torch.from_numpy(np.ascontiguousarray(images[start : start + BATCH])).to(self.device))
-            if x.shape[1] != expected:
-                raise ValueError(f"this run saw images of {expected} channel(s), these have {x.shape[1]}")
-            with torch.no_grad():
-                yield x
+            pixels = torch.from_numpy(np.ascontiguousarray(images[start : start + BATCH]))
+            yield self.prepare(pixels.to(self.device))
 
 
 def load_run(path: str | Path, device: str = "cpu") -> FittedDetector:
     """The detector that the finished run in the folder ``path`` fitted.
 
     Raises:
-        ValueError: the folder holds no finished run.
+        ValueError: the folder holds no finished run, or a damaged one, or there is no such device.
     """
     folder = Path(path)
-    if not (folder / "result.json").is_file() or not (folder / "last.ckpt").is_file():
-        raise ValueError(f"{folder} holds no finished run: give a folder with result.json and last.ckpt")
-    result = json.loads((folder / "result.json").read_text())
-    cfg = OmegaConf.create(result["config"])
-    assert OmegaConf.is_dict(cfg)
+    if not (folder / "result.json").is_file():
+        raise ValueError(f"{folder} holds no finished run: give the folder with its result.json and last.ckpt")
+    try:
+        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{folder / 'result.json'} is damaged ({error}): delete it and start the run again") from error
+    if not (folder / "last.ckpt").is_file():
+        raise ValueError(f"{folder} has lost its last.ckpt: delete its result.json and start the run again")
+
+    import torch
+    from omegaconf import DictConfig
+
+    from anomaly_lab.run import make_detector, make_prepare
+
+    where = _device(device)
+    cfg = DictConfig(result["config"])
     detector = make_detector(cfg, result["image_shape"])
-    checkpoint = torch.load(folder / "last.ckpt", map_location="cpu", weights_only=True)
-    detector.on_load_checkpoint(checkpoint)
-    detector.load_state_dict(checkpoint["state_dict"])
-    return FittedDetector(detector, make_prepare(cfg), result, torch.device(device))
+    try:
+        checkpoint = torch.load(folder / "last.ckpt", map_location="cpu", weights_only=True)
+        detector.on_load_checkpoint(checkpoint)
+        detector.load_state_dict(checkpoint["state_dict"])
+    # torch raises RuntimeError, UnpicklingError, EOFError or KeyError, as the damage (or a changed method) wants it.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{folder / 'last.ckpt'} does not fit this version of {result['identity']['model']}, or is "
+                         f"damaged ({type(error).__name__}: {reason})") from error  # fmt: skip
+    return FittedDetector(detector.to(where).eval(), make_prepare(cfg), result, where)
+
+
+def _device(name: str) -> torch.device:
+    import torch
+
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
+        raise ValueError(f"device {name} cannot be used here ({str(error).splitlines()[0]}): try cpu") from error
+    return device
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """``anomaly-lab-score RUN IMAGES...``: a CSV of scores and decisions, and heat maps on request."""
-    parser = argparse.ArgumentParser(prog="anomaly-lab-score", description="Score image files with a finished run.")
-    parser.add_argument("run", type=Path, help="folder of a finished run")
-    parser.add_argument("images", nargs="+", type=Path, help="image files, or folders of them")
+    parser = argparse.ArgumentParser(
+        prog="anomaly-lab-score",
+        description="Score image files with a finished run. Higher scores are more anomalous; the decision compares "
+        "them with the threshold that the run took from held-out normal images.",
+        epilog="example: anomaly-lab-score runs/shared_ae/mnist/official/n8/s0 photos/ --heat-maps maps",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run, with its result.json")
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="image files, or folders of them")
     parser.add_argument("--out", type=Path, default=Path("scores.csv"), help="the CSV to write (default: scores.csv)")
-    parser.add_argument("--heat-maps", type=Path, metavar="DIR", help="also write a heat map of every image there")
+    parser.add_argument("--heat-maps", type=Path, metavar="DIR", help="also draw there where each image looks wrong")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     arguments = parser.parse_args(argv)
     try:
-        return _score_files(arguments)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
+        files = _files(arguments.images)
+        count = _score_files(load_run(arguments.run, arguments.device), files, arguments.out, arguments.heat_maps)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
-
-
-IMAGE_SUFFIXES = {".png", ".jpg", ".jpeg", ".bmp", ".gif", ".tif", ".tiff", ".webp", ".pgm", ".ppm"}
+    print(f"{count} images scored: {arguments.out}")
+    return 0
 
 
 def _files(given: Sequence[Path]) -> list[Path]:
     files: list[Path] = []
     for path in given:
         if path.is_dir():
-            files += sorted(p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES)
+            inside = (p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
+            files += sorted(inside)
         elif path.is_file():
             files.append(path)
         else:
             raise ValueError(f"{path} is neither a file nor a folder")
     if not files:
-        raise ValueError(f"no image files in {', '.join(map(str, given))}")
+        raise ValueError(f"no images ({' '.join(sorted(IMAGE_SUFFIXES))}) in {', '.join(map(str, given))}")
     return files
 
 
-def _score_files(arguments: argparse.Namespace) -> int:
-    from anomaly_lab import figures
+def _score_files(fitted: FittedDetector, files: Sequence[Path], out: Path, heat_maps: Path | None) -> int:
+    from anomaly_lab.run import write_whole
 
-    fitted = load_run(arguments.run, arguments.device)
-    files = _files(arguments.images)
-    rows = []
+    rows = [("image", "score", "decision")]
     for start in range(0, len(files), BATCH):
         some = files[start : start + BATCH]
         images = fitted.read(some)
         scores = fitted.score(images)
-        decided: Sequence[Any] = [""] * len(some)
-        if fitted.threshold is not None:
-            decided = ["anomalous" if one else "normal" for one in fitted.decide(images)]
-        rows += [[str(path), f"{score:.6g}", word] for path, score, word in zip(some, scores, decided, strict=True)]
-        if arguments.heat_maps is not None:
-            maps = fitted.anomaly_map(images)
-            if maps is None:
-                raise ValueError(f"{fitted.result['identity']['model']} has no anomaly map: leave --heat-maps out")
-            shown = fitted.prepare.displayable(fitted.prepare(torch.from_numpy(images))).numpy()
-            for position, path in enumerate(some):
-                name = f"{start + position:05d}_{path.stem}.png"
-                figure = figures.heat_map_overlay(
-                    shown[position], maps[position], f"{path.name}: {scores[position]:.4g}"
-                )
-                figures.save(figure, arguments.heat_maps / name)
+        decided = fitted._decisions(images, scores)
+        words = [""] * len(some) if decided is None else np.where(decided, "anomalous", "normal").tolist()
+        rows += [(str(path), f"{score:.9g}", word) for path, score, word in zip(some, scores, words, strict=True)]
+        if heat_maps is not None:
+            _draw_heat_maps(fitted, some, images, scores, heat_maps, start)
+    text = io.StringIO()
+    csv.writer(text, lineterminator="\n").writerows(rows)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(out, lambda file: file.write(text.getvalue().encode()))
+    return len(files)
 
-    def write(file: Any) -> None:
-        import io
 
-        text = io.StringIO()
-        csv.writer(text, lineterminator="\n").writerows([["image", "score", "decision"], *rows])
-        file.write(text.getvalue().encode())
+def _draw_heat_maps(
+    fitted: FittedDetector,
+    files: Sequence[Path],
+    images: NDArray[np.uint8],
+    scores: NDArray[np.float32],
+    folder: Path,
+    start: int,
+) -> None:
+    """One PNG an image, numbered from ``start`` in the order of the CSV: names may repeat in different folders."""
+    from anomaly_lab import figures
 
-    write_whole(arguments.out, write)
-    print(f"{len(rows)} images scored: {arguments.out}")
-    return 0
+    maps = fitted.anomaly_map(images)
+    if maps is None:
+        raise ValueError(f"{fitted.result['identity']['model']} has no anomaly map: leave --heat-maps out")
+    shown = fitted.displayable(images)
+    for i, (file, score) in enumerate(zip(files, scores, strict=True)):
+        figure = figures.heat_map_overlay(shown[i], maps[i], f"{file.name}: {score:.4g}")
+        figures.save(figure, folder / f"{start + i:05d}_{file.stem}.png")

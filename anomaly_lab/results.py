@@ -139,6 +139,22 @@ def read(runs: str | Path) -> pd.DataFrame:
     return frame
 
 
+def read_epochs(runs: str | Path, frame: pd.DataFrame) -> pd.DataFrame:
+    """The course of the runs of `frame` that were watched: a row an epoch with path, epoch, val_score, oracle_auroc.
+
+    Only runs that recorded the test AUROC after every epoch are in it (`trainer.watch_test=true`).
+    """
+    import pandas as pd
+
+    rows = []
+    for path in frame["path"][frame["oracle_auroc"].notna()]:
+        history = json.loads((Path(runs) / path / "result.json").read_text(encoding="utf-8")).get("history") or ()
+        for entry in history:
+            if entry.get("oracle_auroc") is not None:
+                rows.append((path, int(entry["epoch"]), entry.get("val_score"), float(entry["oracle_auroc"])))
+    return pd.DataFrame(rows, columns=["path", "epoch", "val_score", "oracle_auroc"])
+
+
 def write_csv(frame: pd.DataFrame, path: str | Path) -> None:
     """Write the frame of `read` as `results.csv`:
 
@@ -471,7 +487,7 @@ def table(frame: pd.DataFrame, dataset: str, split: str, expected: Expected | No
     classes = dict(sorted(classes.items()))
     seeds = {int(seed) for seed in part["seed"]} | {s for wanted in grid.values() for c in wanted.values() for s in c}
     rows = []
-    for name in sorted(details, key=_natural):
+    for name in sorted(details, key=lambda name: _natural(name.rstrip("]"))):  # as the frame is sorted
         model, pretrained, method, problem = details[name]
         own = part[part["label"] == name]
         figures = {} if problem else published(method, dataset, split)
@@ -597,8 +613,13 @@ class Section:
     figures: dict[str, Callable[[], Figure]]  # file name -> how to draw it
 
 
-def sections(frame: pd.DataFrame, expected: Expected | None = None) -> list[Section]:
-    """What a report consists of: a section for every (data set, split); figures are drawn when called."""
+def sections(
+    frame: pd.DataFrame, expected: Expected | None = None, epochs: pd.DataFrame | None = None
+) -> list[Section]:
+    """What a report consists of: a section for every (data set, split); figures are drawn when called.
+
+    `epochs` is the frame of `read_epochs`; without it the figure of the course over epochs cannot be drawn.
+    """
     from anomaly_lab import figures
 
     pairs = [*zip(frame["dataset"], frame["split"], strict=True)]
@@ -608,33 +629,69 @@ def sections(frame: pd.DataFrame, expected: Expected | None = None) -> list[Sect
         part = frame[(frame["dataset"] == dataset) & (frame["split"] == split)]
         title, slug = f"{dataset} · {split}", re.sub(r"[^\w.-]", "_", f"{dataset}-{split}")
         draw: dict[str, Callable[[], Figure]] = {}
+        short, common = _short(part)
+        heading = f"{title} ({', '.join(common)})" if common else title
         if len(part):
-            draw[f"{slug}-classes.png"] = functools.partial(figures.class_heat_map, part, title)
+            draw[f"{slug}-classes.png"] = functools.partial(figures.class_heat_map, short, heading)
         if part["label"].value_counts().max() > 2:
-            draw[f"{slug}-spread.png"] = functools.partial(figures.box_plot, part, title)
-        for key, curve in _sensitivities(part).items():
-            draw[f"{slug}-{key}.png"] = functools.partial(figures.lines, curve, key, "auroc", "line", title)
+            draw[f"{slug}-spread.png"] = functools.partial(figures.box_plot, short, heading)
+        for key, curve in _sensitivities(short).items():
+            draw[f"{slug}-{key}.png"] = functools.partial(
+                figures.lines, curve, key, "auroc", "line", heading, xlabel=key.partition(".")[2]
+            )
+        if part["oracle_auroc"].notna().any():
+            draw[f"{slug}-epochs.png"] = functools.partial(_course, short, epochs, heading)
         comparisons = significance(frame, dataset, split)
         found.append(Section(table(frame, dataset, split, expected), title, slug, part, comparisons, draw))
     return found
 
 
-def _sensitivities(part: pd.DataFrame) -> dict[str, pd.DataFrame]:
+def _short(part: pd.DataFrame) -> tuple[pd.DataFrame, list[str]]:
+    """For figures: labels with the last word of a key, and without the changes that all the runs share (second)."""
+    items = [changed.split() for changed in part["changed"]]
+    shared = set(items[0]).intersection(*items[1:]) if items else set()
+    keys = {item.split("=", 1)[0] for run in items for item in run}
+    last = {key: key.rpartition(".")[2] for key in keys}
+    clear = len(set(last.values())) == len(last)
+
+    def word(item: str) -> str:
+        key, _, value = item.partition("=")
+        return f"{last[key] if clear else key}={value}"
+
+    changed = [" ".join(item for item in run if item not in shared) for run in items]
+    labels = [
+        label(model, " ".join(map(word, text.split()))) for model, text in zip(part["model"], changed, strict=True)
+    ]
+    return part.assign(label=labels, changed=changed), [word(item) for item in sorted(shared)]
+
+
+def _sensitivities(short: pd.DataFrame) -> dict[str, pd.DataFrame]:
     """Frames to draw AUROC against a parameter: those that take three values or more, a line a method."""
     curves = {}
-    for key in _parameters(part):
-        values = part[key].map(
+    for key in _parameters(short):
+        values = short[key].map(
             lambda v: float(v) if isinstance(v, int | float) and not isinstance(v, bool) else math.nan
         )
         rest = [
             label(model, " ".join(item for item in changed.split() if not item.startswith(f"{key}=")))
-            for model, changed in zip(part["model"], part["changed"], strict=True)
+            for model, changed in zip(short["model"], short["changed"], strict=True)
         ]
-        curve = part.assign(**{key: values, "line": rest}).dropna(subset=[key])
+        curve = short.assign(**{key: values, "line": rest}).dropna(subset=[key])
         curve = curve[curve.groupby("line")[key].transform("nunique") > 1]
         if curve[key].nunique() > 2:
             curves[key] = curve
     return curves
+
+
+def _course(short: pd.DataFrame, epochs: pd.DataFrame | None, heading: str) -> Figure:
+    from anomaly_lab import figures
+
+    assert epochs is not None, "the course over epochs is drawn from the frame of read_epochs"
+    joined = epochs[["path", "epoch", "oracle_auroc"]].merge(
+        short[["path", "label", "normal_class", "seed"]], on="path"
+    )
+    title = f"{heading}: test AUROC after every epoch (looks at test labels)"
+    return figures.lines(joined, "epoch", "oracle_auroc", "label", title)
 
 
 def _header(shown: Table) -> list[str]:
@@ -653,6 +710,8 @@ def _lines(shown: Table, oracle: bool) -> Iterator[_Line]:
             seeds = str(row.seeds) if row.seeds == shown.seeds else f"{row.seeds}/{shown.seeds}"
             yield _Line("method", row.label, [*map(_cell_text, cells), seeds])
             kinds = dict.fromkeys((c.published.status, c.published.setting) for c in cells if c.published)
+            if all(c.difference is None for c in cells):
+                kinds = {}  # nothing of this row can be compared
             for status, setting in kinds:
                 words = [status, *([setting] if setting else []), *(["full size"] if row.reduced else [])]
                 texts = [
@@ -688,11 +747,11 @@ def _caption(section: Section) -> str:
     seeds = sorted(set(section.frame["seed"]))
     spread = "mean ± sd over" if len(seeds) > 1 else "only"
     names = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
-    text = f"AUROC, {spread} {names}; {shown.runs} runs."
+    text = f"AUROC, {spread} {names}; {shown.runs} run{'s' if shown.runs > 1 else ''}."
     text += f" Columns: the {shown.role} class."
     if shown.role == "abnormal":
         text += " All the other classes are normal."
-    if any(row.reduced and any(c.published for c in row.cells.values()) for row in shown.rows):
+    if any(row.reduced and any(c.difference is not None for c in row.cells.values()) for row in shown.rows):
         text += " Methods named _small are a reduced size, the published figures beside them of the full size."
     means = [row.cells["mean"] for row in shown.rows]
     if any(cell.flag for cell in means):
@@ -780,9 +839,12 @@ def _markdown_section(section: Section, oracle: bool, folder: str) -> str:
 
 def _figure_text(section: Section, name: str) -> str:
     kind = name.removeprefix(section.slug + "-").removesuffix(".png")
-    return {"classes": "AUROC by method and class", "spread": "AUROC of every run by method"}.get(
-        kind, f"AUROC against {kind}"
-    ) + f", {section.title}"
+    words = {
+        "classes": "AUROC by method and class",
+        "spread": "AUROC of every run by method",
+        "epochs": "Test AUROC after every epoch, which no training looked at",
+    }
+    return f"{words.get(kind, f'AUROC against {kind}')}, {section.title}"
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -924,7 +986,7 @@ def _provenance(frame: pd.DataFrame) -> str:
     shas = ", ".join(sorted({sha or "unknown" for sha in frame["git_sha"]}))
     devices = ", ".join(sorted({device or "unknown" for device in frame["device"]}))
     hours = frame["seconds"].sum() / 3600
-    text = f"{len(frame)} runs, {hours:.1f} hours in all, on {devices}; code {shas}"
+    text = f"{len(frame)} run{'s' if len(frame) > 1 else ''}, {hours:.1f} hours in all, on {devices}; code {shas}"
     dirty = int(frame["dirty"].sum())
     return text + (f"; {dirty} of them from a tree with uncommitted changes." if dirty else ".")
 
@@ -1113,20 +1175,7 @@ def _report(arguments: argparse.Namespace, expected_runs: Callable[[str], Expect
         print(status_text(status(arguments.runs, expected)))
         return 0
     frame = read(arguments.runs)
-    if name is not None:
-        # Those of the grid, whoever made them, and those that were made under its name with other seeds or
-        # settings.
-        grid = {_expected_folder(Path(), path).as_posix() for _, path in expected or ()}
-        frame = frame[frame["path"].isin(grid) | (frame["experiment"] == name)].reset_index(drop=True)
     notices: list[str] = frame.attrs["damaged"]
-    for line in notices:
-        print(line, file=sys.stderr)
-    if name is not None:
-        # Those of the grid, whoever made them, and those that were made under its name with other seeds or
-        # settings.
-        grid = {_expected_folder(Path(), path).as_posix() for _, path in expected or ()}
-        frame = frame[frame["path"].isin(grid) | (frame["experiment"] == name)].reset_index(drop=True)
-    notices = [f"damaged: {line}" for line in frame.attrs["damaged"]]
     for line in notices:
         print(line, file=sys.stderr)
     if name is not None:
@@ -1139,13 +1188,13 @@ def _report(arguments: argparse.Namespace, expected_runs: Callable[[str], Expect
     refuse_mixtures(frame)
     if name is not None:
         out = arguments.out or Path("experiments", name)
-        _write_experiment(frame, name, out)
+        _write_experiment(frame, read_epochs(arguments.runs, frame), name, out)
         print(markdown(sections(frame, expected), oracle=arguments.oracle))
         missing = len(grid - set(frame["path"]))
         print(f"written: {out / 'README.md'} from {len(frame)} runs; {missing} of the grid are missing")
         return 0
     out = arguments.out or arguments.runs / "report"
-    parts = sections(frame)
+    parts = sections(frame, epochs=read_epochs(arguments.runs, frame))
     _write_report(frame, parts, out, arguments.oracle, notices)
     print(markdown(parts, oracle=arguments.oracle))
     print(f"written: {out / 'report.html'} (one file, opens anywhere), beside it report.md, report.tex, CSVs")
@@ -1159,13 +1208,16 @@ def _selection(frame: pd.DataFrame, chosen: pd.Series[bool]) -> pd.DataFrame:
     return frame.drop(columns=[key for key in _parameters(frame) if key not in used])
 
 
-def _write_experiment(frame: pd.DataFrame, name: str, out: Path) -> None:
+def _write_experiment(frame: pd.DataFrame, epochs: pd.DataFrame, name: str, out: Path) -> None:
     from anomaly_lab import figures
 
     write_csv(frame, out / "results.csv")
     # From here on only what was written counts: the README must be the one that anybody makes from it.
     frame = read_csv(out / "results.csv")
-    for section in sections(frame):
+    if len(epochs):
+        rows = epochs.itertuples(index=False, name=None)
+        _write(out / "epochs.csv", _csv_text(list(epochs.columns), rows))
+    for section in sections(frame, epochs=epochs):
         for file, draw in section.figures.items():
             figures.save(draw(), out / "figures" / file)
     notes = out / "notes.md"

@@ -153,12 +153,18 @@ def test_line_uses_only_classes_that_are_there_at_every_value() -> None:
         for c in (0, 1)
         if (x, c) != (2, 1)
     ]
-    line = figures.lines(pd.DataFrame(rows), "x", "auroc", "group").axes[0].lines[0]
-    assert list(line.get_ydata()) == [0.9, 0.9, 0.9]
-    assert line.get_label() == "g (1 class)"
+    axes = figures.lines(pd.DataFrame(rows), "x", "auroc", "group").axes[0]
+    assert list(axes.lines[0].get_ydata()) == [0.9, 0.9, 0.9]
+    assert axes.get_ylabel() == "AUROC (1 class)"
 
 
-@pytest.mark.parametrize(("seeds", "named"), [((0,), "classes"), ((0, 1), "seeds")])
+def test_lines_without_any_value_say_so() -> None:
+    assert "nothing was recorded" in texts(figures.lines(RUNS[:0], "size", "auroc", "label"))
+
+
+@pytest.mark.parametrize(
+    ("seeds", "named"), [((0,), "mean ± sd over 2 classes"), ((0, 1), "mean over 2 classes, ± sd over seeds")]
+)
 def test_band_is_named_for_what_it_is_over(seeds: tuple[int, ...], named: str) -> None:
     rows = [
         {"x": x, "auroc": 0.8 + 0.01 * x * c, "seed": s, "normal_class": c, "group": "g"}
@@ -167,4 +173,4 @@ def test_band_is_named_for_what_it_is_over(seeds: tuple[int, ...], named: str) -
         for s in seeds
     ]
     axes = figures.lines(pd.DataFrame(rows), "x", "auroc", "group").axes[0]
-    assert axes.get_ylabel() == f"AUROC (mean ± sd over {named})"
+    assert axes.get_ylabel() == f"AUROC ({named})"

@@ -81,7 +81,8 @@ class Runs:
             "device": "cpu",
             "seconds": {"fit": 60.0, "score": 1.5},
             "images_per_second": 812.345678,
-            "epochs": 5,
+            "epochs": 2,
+            "history": [{"epoch": e, "val_score": 1.0, "oracle_auroc": oracle} for e in (1, 2)] if oracle else [],
         }
         folder = self.root / folder_of(who)
         folder.mkdir(parents=True)
@@ -253,6 +254,15 @@ def test_missing_seeds_and_classes_show_in_the_cell_and_the_mean(runs: Runs) -> 
     assert results._cell_text(table[SHARED][3]) == "0/3"
     assert results._cell_text(table[AE]["mean"]).endswith("(29/30 runs)")
     assert results._cell_text(table[SHARED]["mean"]) == "0.800 (1/10 classes)"
+
+
+def test_rows_stand_in_the_order_of_the_frame(runs: Runs) -> None:
+    for size in (None, 256, 4):
+        more = {"model.detector.latent_size": size} if size else {}
+        runs.add(0.9, changed={"model.budget.epochs": 2} | more)
+        runs.add(0.9, model="ede_small", changed=more)
+    frame = results.read(runs.root)
+    assert list(runs.table()) == list(dict.fromkeys(frame["label"]))
 
 
 def test_mean_over_classes_is_the_mean_of_the_class_means(runs: Runs) -> None:
@@ -529,13 +539,31 @@ def test_experiment_readme_comes_from_the_csv_alone(experiment: Path) -> None:
     assert "AUROC against model.detector.latent_size" in text
 
 
+def test_course_over_epochs_of_watched_runs_is_kept(experiment: Path) -> None:
+    with open(experiment / "epochs.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["epoch"], row["oracle_auroc"]) for row in rows] == [("1", "0.95"), ("2", "0.95")] * 5
+    assert (experiment / "figures" / "mnist-official-epochs.png").is_file()
+    assert "Test AUROC after every epoch" in (experiment / "README.md").read_text()
+
+
+def test_figures_name_what_runs_share_once(runs: Runs) -> None:
+    for size in (8, 16):
+        runs.add(0.9, changed={"model.budget.epochs": 2, "model.detector.latent_size": size})
+    [section] = results.sections(results.read(runs.root))
+    short, heading = section.figures["mnist-official-classes.png"].args  # type: ignore[attr-defined]
+    assert heading == "mnist · official (epochs=2)"
+    assert short["label"].tolist() == [f"{AE} [latent_size=8]", f"{AE} [latent_size=16]"]
+
+
 def test_experiment_is_the_same_bytes_again(experiment: Path, runs: Runs, tmp_path: Path) -> None:
     again = tmp_path / "again"
     shutil.copytree(experiment, again)
     results.main([str(runs.root), "--experiment", "sizes", "--out", str(again)], lambda name: [])
     # The runs made for something else are known from the grid alone.
     assert len(results.read_csv(again / "results.csv")) == 3
-    results._write_experiment(results.read_csv(experiment / "results.csv"), "sizes", again)
+    frame = results.read_csv(experiment / "results.csv")
+    results._write_experiment(frame, results.read_epochs(runs.root, frame), "sizes", again)
     for file in sorted(path for path in experiment.rglob("*") if path.is_file()):
         assert (again / file.relative_to(experiment)).read_bytes() == file.read_bytes(), file.name
 

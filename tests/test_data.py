@@ -1,0 +1,108 @@
+"""Preprocessing, batches and their order."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from anomaly_lab.data import Loader, OneClassData, Prepare
+from anomaly_lab.datasets import Images
+from anomaly_lab.splits import Pooled
+
+CPU = torch.device("cpu")
+
+
+def pixels(height: int, width: int, channels: int = 1) -> torch.Tensor:
+    return torch.randint(0, 256, (3, channels, height, width), generator=torch.Generator().manual_seed(0)).byte()
+
+
+def test_28_pixels_become_32_by_a_black_border_of_2() -> None:
+    given = pixels(28, 28)
+    x = Prepare()(given)
+    assert x.shape == (3, 1, 32, 32) and x.dtype == torch.float32
+    torch.testing.assert_close(x[:, :, 2:30, 2:30], given.float() / 127.5 - 1)
+    border = torch.ones(32, 32, dtype=torch.bool)
+    border[2:30, 2:30] = False
+    assert (x[..., border] == -1).all()
+
+
+def test_8_pixels_become_32_by_a_factor_of_4_and_nothing_is_padded() -> None:
+    x = Prepare()(torch.full((1, 1, 8, 8), 255).byte())
+    assert x.shape == (1, 1, 32, 32) and (x == 1).all()
+
+
+@pytest.mark.parametrize(("height", "width"), [(64, 64), (40, 20), (100, 33), (5, 9), (32, 32)])
+@pytest.mark.parametrize("fit", ["pad", "resize"])
+def test_every_shape_fits_and_stays_in_range(height: int, width: int, fit: str) -> None:
+    x = Prepare(fit=fit)(pixels(height, width, 3))  # type: ignore[arg-type]
+    assert x.shape == (3, 3, 32, 32) and x.min() >= -1 and x.max() <= 1 + 1e-6
+
+
+def test_colour_range_and_back() -> None:
+    colour = pixels(32, 32, 3)
+    grey = Prepare(channels=1, value_range=(0, 1))(colour)
+    expected = (colour.float() * torch.tensor([0.299, 0.587, 0.114])[:, None, None]).sum(1) / 255
+    torch.testing.assert_close(grey[:, 0], expected)
+    tripled = Prepare(channels=3)(colour[:, :1])
+    assert tripled.shape == (3, 3, 32, 32) and torch.equal(tripled[:, 0], tripled[:, 2])
+    prepare = Prepare(value_range=(-1, 1))
+    torch.testing.assert_close(prepare.displayable(prepare(colour)), colour.float() / 255)
+    assert Prepare(channels=3).shape(np.zeros((1, 1, 28, 28))) == (3, 32, 32)
+
+
+def loader(count: int, batch_size: int, **options: bool) -> Loader:
+    index = torch.arange(count) * 10
+    return Loader(
+        pixels(8, 8)[torch.zeros(count).long()], torch.zeros(count), index, Prepare(), batch_size, CPU, **options
+    )
+
+
+@pytest.mark.parametrize(
+    ("count", "batch_size", "drop_last", "expected"),
+    [(10, 4, False, [4, 4, 2]), (10, 4, True, [4, 4]), (3, 4, True, [3]), (8, 4, True, [4, 4])],
+)
+def test_lengths_of_batches(count: int, batch_size: int, drop_last: bool, expected: list[int]) -> None:
+    made = loader(count, batch_size, drop_last=drop_last)
+    assert [len(batch.x) for batch in made] == expected and len(made) == len(expected)
+    assert torch.cat([batch.index for batch in made]).tolist() == [10 * i for i in range(sum(expected))]
+
+
+def images(count: int) -> Images:
+    generator = np.random.default_rng(0)
+    return Images.canonical(
+        generator.integers(0, 256, (2 * count, 1, 8, 8), dtype=np.uint8),
+        np.repeat([0, 1], count),
+        np.zeros(2 * count, bool),
+        ("zero", "one"),
+        name="synthetic",
+    )
+
+
+def orders(data: OneClassData) -> list[int]:
+    return torch.cat([batch.index for batch in data.train_dataloader()]).tolist()
+
+
+def test_an_order_depends_on_seed_and_epoch_alone() -> None:
+    made = {
+        seed: OneClassData(images(100), Pooled(seed=0), "zero", Prepare(), batch_size=8, seed=seed) for seed in (0, 1)
+    }
+    assert orders(made[0]) == orders(made[0]) != orders(made[1])
+    assert len(orders(made[0])) == 72  # 80 normals, 8 held out, whole batches only
+    assert set(orders(made[0])) <= set(made[0].partition.train.tolist())
+
+
+def test_small_sets_are_passed_several_times_an_epoch_each_image_equally_often() -> None:
+    data = OneClassData(images(20), Pooled(), "zero", Prepare(), batch_size=8, epoch_steps=11)
+    assert len(data.partition.train) == 11
+    counts = np.unique(orders(data), return_counts=True)[1]
+    assert len(data.train_dataloader()) == 11 and counts.sum() == 88 and (counts == 8).all()
+
+
+def test_held_out_normals_come_before_the_test_images() -> None:
+    data = OneClassData(images(30), Pooled(), "zero", Prepare(), batch_size=8)
+    val, test = data.test_dataloader()
+    assert torch.cat([batch.index for batch in val]).tolist() == data.partition.val.tolist()
+    assert torch.cat([batch.y for batch in test]).tolist() == data.partition.test_truth.tolist()
+    assert len(data.val_dataloader()) == 1, "in training the test images are looked at on request only"
+    assert data.prepared("test", [1, 0]).shape == (2, 1, 32, 32)

@@ -1,0 +1,160 @@
+"""The contract's machinery, on methods made for the purpose."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning import Trainer
+from sklearn.metrics import roc_auc_score
+from torch import Tensor, nn
+
+from anomaly_lab import datasets, splits
+from anomaly_lab.data import OneClassData, Prepare
+from anomaly_lab.detector import Batch, Detector, ExactScores
+
+
+class Gaussian(Detector):
+    """No gradients at all: distance to the mean of the training images."""
+
+    def __init__(self, image_shape: Sequence[int]) -> None:
+        super().__init__(image_shape, optimizer={})
+
+    def after_fit(self, images: Tensor) -> None:
+        self.set_fitted("mean", images.mean(0))
+
+    def score(self, x: Tensor) -> Tensor:
+        return (x - self.get_buffer("mean")).abs().flatten(1).mean(1)
+
+
+class Noisy(Detector):
+    """Two players, each with an optimiser of its own, noise in the loss, and every second image left out."""
+
+    def __init__(self, image_shape: Sequence[int], **options: Any) -> None:
+        super().__init__(image_shape, **options)
+        self.a, self.b = nn.Linear(1024, 4), nn.Linear(4, 1024)
+        self.seen: list[int] = []
+        self.rates: list[list[float]] = []
+
+    def players(self) -> Mapping[str, Sequence[nn.Module]]:
+        return {"first": [self.a, self.b], "second": [self.b]}
+
+    def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
+        self.seen += batch.index.tolist()
+        self.rates.append([optimizer.param_groups[0]["lr"] for optimizer in self.optimizers()])
+        x = batch.x.flatten(1)
+        noise = torch.randn(x.shape, generator=self.noise)
+        yield {"first": (self.b(self.a(x + 0.1 * noise)) - x).square().mean()}
+        yield {"second": (self.b(self.a(x)) - x).abs().mean()}
+
+    def train_indices(self, epoch: int) -> Tensor:
+        return torch.arange(epoch % 2, 100, 2)
+
+    def score(self, x: Tensor) -> Tensor:
+        flat = x.flatten(1)
+        return (self.b(self.a(flat)) - flat).abs().mean(1)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> OneClassData:
+    digits = datasets.Digits(data_dir=tmp_path_factory.mktemp("data"), name="digits").load()
+    return OneClassData(digits, splits.Pooled(), "3", Prepare(), batch_size=16)
+
+
+def trainer(folder: Path, epochs: int) -> Trainer:
+    return Trainer(
+        accelerator="cpu",
+        max_epochs=epochs,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        default_root_dir=folder,
+        num_sanity_val_steps=0,
+        inference_mode=False,
+    )
+
+
+def sgd(rate: float) -> Any:
+    return lambda parameters: torch.optim.SGD(parameters, lr=rate)
+
+
+def test_a_method_without_gradients_fits_the_contract(data: OneClassData, tmp_path: Path) -> None:
+    detector, run = Gaussian(data.image_shape), trainer(tmp_path, 1)
+    detector.after_fit(data.prepared("train"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        (measured,) = run.test(detector, data, verbose=False)
+    score, index = detector.scores_of("test")
+    assert np.array_equal(index.numpy(), data.partition.test)
+    assert measured["auroc"] == pytest.approx(roc_auc_score(data.partition.test_truth, score.numpy()), abs=1e-6)
+
+    checkpoint: dict[str, Any] = {"state_dict": detector.state_dict()}
+    detector.on_save_checkpoint(checkpoint)
+    other = Gaussian(data.image_shape)
+    other.on_load_checkpoint(checkpoint)  # makes room for the buffer whose size only fitting knew
+    other.load_state_dict(checkpoint["state_dict"])
+    x = data.prepared("test")
+    assert torch.equal(other.score(x), detector.score(x))
+
+
+def test_players_have_their_own_optimisers_and_schedules(data: OneClassData, tmp_path: Path) -> None:
+    detector = Noisy(
+        data.image_shape,
+        optimizer={"first": sgd(0.1), "second": sgd(0.01)},
+        scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1),
+    )
+    detector.seed_noise(1)
+    trainer(tmp_path, 2).fit(detector, data)
+    np.testing.assert_allclose(detector.rates[0], [0.1, 0.01])
+    np.testing.assert_allclose(detector.rates[-1], [0.01, 0.001])
+    assert int(detector.epochs_done) == 2 and int(detector.steps_done) == len(detector.rates)
+    assert [set(row) for row in detector.history] == [
+        {"epoch", "loss_first", "loss_second", "seconds", "val_score"}
+    ] * 2
+
+
+def test_images_can_be_left_out_of_training(data: OneClassData, tmp_path: Path) -> None:
+    detector = Noisy(data.image_shape, optimizer=sgd(0.01))
+    trainer(tmp_path, 1).fit(detector, data)
+    even = set(data.partition.train[torch.arange(0, 100, 2).numpy()].tolist())
+    assert set(detector.seen) <= even and len(detector.seen) == 48
+
+
+def test_noise_continues_from_a_checkpoint(data: OneClassData) -> None:
+    detector = Noisy(data.image_shape, optimizer=sgd(0.01))
+    detector.seed_noise(7)
+    torch.rand(5, generator=detector.noise)
+    checkpoint: dict[str, Any] = {"state_dict": detector.state_dict()}
+    detector.on_save_checkpoint(checkpoint)
+    expected = torch.rand(3, generator=detector.noise)
+    other = Noisy(data.image_shape, optimizer=sgd(0.01))
+    other.on_load_checkpoint(checkpoint)
+    assert torch.equal(torch.rand(3, generator=other.noise), expected)
+
+
+def test_a_players_gradient_is_clipped_to_its_norm(data: OneClassData, tmp_path: Path) -> None:
+    detector = Noisy(data.image_shape, optimizer=sgd(1.0), clip=1e-3)
+    before = torch.cat([p.detach().flatten().clone() for p in detector.parameters()])
+    single = OneClassData(data.images, splits.Pooled(), "3", Prepare(), batch_size=200)
+    trainer(tmp_path, 1).fit(detector, single)
+    after = torch.cat([p.detach().flatten() for p in detector.parameters()])
+    moved = (after - before).norm().item()
+    assert 0.5e-3 < moved <= 2e-3 * (1 + 1e-5)  # two plays of one step, each of norm 1e-3
+
+
+def test_large_raw_scores_are_not_pushed_through_a_sigmoid() -> None:
+    metric = ExactScores()
+    score, truth = torch.tensor([50.0, 60.0, 70.0, 80.0, 90.0]), torch.tensor([0, 1, 0, 1, 1])
+    metric.update(score[:2], truth[:2])
+    metric.update(score[2:], truth[2:])
+    assert metric.compute()["auroc"] == pytest.approx(roc_auc_score(truth, score), abs=1e-12)
+    metric.reset()
+    metric.update(torch.tensor([float("nan"), 1.0]), torch.tensor([0, 1]))
+    with pytest.raises(ValueError, match="image 0"):
+        metric.compute()

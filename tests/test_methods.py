@@ -1,0 +1,338 @@
+"""What every method in conf/model must do, tested on each of them, and the equations of shared autoencoders."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from torch import Tensor
+
+from anomaly_lab import config
+from anomaly_lab.detector import Batch, Detector
+from anomaly_lab.methods.shared_autoencoder import EncoderDecoderEncoder, SharedAutoencoder
+from anomaly_lab.run import make_detector
+
+MODELS = sorted(path.stem for path in (config.CONFIG_DIR / "model").glob("*.yaml"))
+
+
+def detector(model: str, *overrides: str, shape: tuple[int, int, int] = (1, 32, 32)) -> Detector:
+    """A detector of ``conf/model`` with its batch norms shaken out of their initial state, in train mode."""
+    cfg = config.compose([f"model={model}", "model.detector.width=4", *overrides])
+    made = make_detector(cfg, shape)
+    generator = torch.Generator().manual_seed(1)
+    for buffer in (b for name, b in made.named_buffers() if name.endswith(("running_mean", "running_var"))):
+        buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
+    return made.train()
+
+
+def images(count: int = 8, shape: tuple[int, int, int] = (1, 32, 32), seed: int = 0) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand((count, *shape), generator=generator) * 2 - 1
+
+
+def batch(count: int = 8) -> Batch:
+    return Batch(images(count), torch.zeros(count, dtype=torch.uint8), torch.arange(count))
+
+
+# Every method -------------------------------------------------------------------------------------------------------
+
+
+def test_there_are_models() -> None:
+    assert {"shared_ae", "shared_ae_small", "autoencoder", "ede"} <= set(MODELS)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_composes_with_a_lab_note_and_a_budget(model: str) -> None:
+    assert (config.CONFIG_DIR / "model" / f"{model}.yaml").read_text().startswith("#"), "no note at the top"
+    cfg = config.compose([f"model={model}"])
+    required, optional = {"detector", "budget", "batch_size", "input"}, {"published", "pretrained"}
+    assert required <= set(cfg.model) <= required | optional
+    assert (cfg.model.budget.epochs is None) != (cfg.model.budget.steps is None)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_a_score_depends_on_its_image_alone(model: str) -> None:
+    made = detector(model).eval()
+    x = images(12)
+    with torch.no_grad():
+        whole = made.score(x)
+        alone = torch.cat([made.score(one[None]) for one in x])
+        order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
+        shuffled = made.score(x[order])
+        crowd = made.score(torch.cat([x[:3], torch.ones(40, 1, 32, 32)]))[:3]
+    assert whole.shape == (12,) and whole.dtype == torch.float32
+    assert whole.unique().numel() > 1, "a constant score would pass the rest"
+    torch.testing.assert_close(alone, whole, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(shuffled, whole[order], rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(crowd, whole[:3], rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 16, 16)])
+def test_every_model_takes_colour_and_other_sizes(model: str, shape: tuple[int, int, int]) -> None:
+    made = detector(model, shape=shape).eval()
+    x = images(2, shape)
+    with torch.no_grad():
+        assert made.score(x).shape == (2,)
+        reconstruction = made.reconstruct(x)
+        assert reconstruction is None or reconstruction.shape == x.shape
+        anomaly_map = made.anomaly_map(x)
+        assert anomaly_map is None or (anomaly_map.shape == (2, *shape[1:]) and bool((anomaly_map >= 0).all()))
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_each_play_moves_its_player_by_its_own_gradient_and_nobody_else(model: str) -> None:
+    made = detector(model).double()  # so that a gradient of 1e-8 is still seen
+    factory = instantiate({"_target_": "torch.optim.SGD", "_partial_": True, "lr": 1.0})
+    optimizers = {player: factory(made.player_parameters(player)) for player in made.players()}
+    made._optimizers_by_player = lambda: optimizers  # type: ignore[method-assign,assignment]  # no Trainer here
+    everything = dict(made.named_parameters())
+    plays = 0
+    for losses in made.plays(batch()._replace(x=images().double())):
+        plays += 1
+        before = {name: p.detach().clone() for name, p in everything.items()}
+        expected = {name: torch.zeros_like(p) for name, p in everything.items()}
+        for player, loss in losses.items():
+            own = {id(p) for p in made.player_parameters(player)}
+            names = [name for name, p in everything.items() if id(p) in own]
+            found = torch.autograd.grad(loss, [everything[name] for name in names], retain_graph=True)
+            for name, gradient in zip(names, found, strict=True):
+                expected[name] += gradient
+        made.minimise(losses)
+        for name, parameter in everything.items():
+            # SGD at rate 1 moves by exactly the gradient.
+            step = before[name] - parameter.detach()
+            torch.testing.assert_close(step, expected[name], rtol=1e-6, atol=1e-14, msg=name)
+            assert parameter.grad is None, "a gradient was left behind"
+    assert plays > 0 or not made.players()
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_parameter_belongs_to_a_player(model: str) -> None:
+    made = detector(model)
+    owned = {id(p) for player in made.players() for p in made.player_parameters(player)}
+    assert owned == {id(p) for p in made.parameters()}
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_same_seed_same_weights(model: str) -> None:
+    first, second, other = (detector(model, f"seed={seed}") for seed in (5, 5, 6))
+    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+    assert any(not torch.equal(a, b) for a, b in zip(first.parameters(), other.parameters(), strict=True))
+
+
+# Shared autoencoders ------------------------------------------------------------------------------------------------
+
+
+def transcription(made: SharedAutoencoder, x: Tensor, n: int, alpha: float, beta: float) -> dict[str, Tensor]:
+    """Algorithm 1 and equations (1) to (7) of Jia & Liu (2022), letter by letter, without the floor."""
+    e1, e2, d1, d2 = made.encoder1, made.encoder2, made.decoder1, made.decoder2
+    z = e1(x)
+    x1, x2 = d1(z), d2(z)
+    z1, z2 = e2(x1), e2(x2)
+    x2_prime = d1(z2)
+    z2_prime = e2(x2_prime)
+    l1_rec = alpha * torch.mean(torch.abs(x - x1)) + beta * torch.mean(torch.abs(z - z1))
+    l2_rec = alpha * torch.mean(torch.abs(x - x2)) + beta * torch.mean(torch.abs(z - z2))
+    adv = alpha * torch.mean(torch.abs(x - x2_prime)) + beta * torch.mean(torch.abs(z - z2_prime))
+    image = torch.abs(x - x2_prime).mean(dim=(1, 2, 3))
+    latent = torch.abs(z - z2_prime).mean(dim=1)
+    return {
+        "rec1": l1_rec,
+        "rec2": l2_rec,
+        "adv": adv,
+        "ede1": (1 / n) * l1_rec - (1 - 1 / n) * adv,
+        "ede2": (1 / n) * l2_rec + (1 - 1 / n) * adv,
+        "image": image,
+        "latent": latent,
+        "image2": torch.abs(x - x2).mean(dim=(1, 2, 3)),
+        "reencoded": alpha * torch.mean(torch.abs(x - x2_prime)) + beta * torch.mean(torch.abs(z2 - z2_prime)),
+    }
+
+
+def shared(*overrides: str) -> SharedAutoencoder:
+    made = detector("shared_ae_printed", "model.detector.alpha=1.5", "model.detector.beta=0.7", *overrides)
+    assert isinstance(made, SharedAutoencoder)
+    return made
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 10])
+def test_losses_are_the_printed_equations(n: int) -> None:
+    made, x = shared(), images()
+    made.epochs_done.fill_(n - 1)
+    expected = transcription(made, x, n, 1.5, 0.7)
+    p = made.passes(x)
+    torch.testing.assert_close(made.loss_rec1(p), expected["rec1"])
+    torch.testing.assert_close(made.loss_rec2(p), expected["rec2"])
+    torch.testing.assert_close(made.loss_adv(p), expected["adv"])
+    torch.testing.assert_close(made.loss_ede1(p), expected["ede1"])
+    torch.testing.assert_close(made.loss_ede2(p), expected["ede2"])
+
+
+def test_the_floor_holds_the_reconstruction_weight() -> None:
+    made = shared("model.detector.rec_weight_floor=0.75")
+    weights = []
+    for n in (1, 2, 50):
+        made.epochs_done.fill_(n - 1)
+        weights.append(made.rec_weight().item())
+    assert weights == [1.0, 0.75, 0.75]
+
+
+def test_as_printed_decoder_1_is_paid_for_a_bad_reconstruction_from_epoch_3() -> None:
+    """With x2' in x1's place, the weight of D1's image error in (6) is 2/n - 1."""
+    made, x = shared("model.detector.beta=0"), images()
+    signs = {}
+    for n in (1, 2, 3, 10):
+        made.epochs_done.fill_(n - 1)
+        p = made.passes(x)
+        p.__dict__["x2p"] = p.x1  # perfect latent consistency
+        signs[n] = (made.loss_ede1(p) / made.loss_rec1(p)).item()
+    assert signs == pytest.approx({1: 1.0, 2: 0.0, 3: -1 / 3, 10: -0.8}, abs=1e-6)
+
+
+def moves(update: str) -> list[set[str]]:
+    """Which networks move in each play of one step."""
+    made = shared(f"model.detector.update={update}", "model.detector.rec_weight_floor=0.75")
+    made.epochs_done.fill_(4)
+    made._optimizers_by_player = lambda: optimizers  # type: ignore[method-assign,assignment]
+    optimizers = {player: torch.optim.SGD(made.player_parameters(player), lr=0.1) for player in made.players()}
+    moved = []
+    for losses in made.plays(batch()):
+        before = {name: p.detach().clone() for name, p in made.named_parameters()}
+        made.minimise(losses)
+        moved.append({n.split(".")[0] for n, p in made.named_parameters() if not torch.equal(p, before[n])})
+    return moved
+
+
+@pytest.mark.parametrize(
+    ("update", "expected"),
+    [
+        ("alternating", [{"encoder1", "encoder2", "decoder1"}, {"encoder1", "encoder2", "decoder2"}]),
+        ("decoder", [{"decoder1"}, {"encoder1", "encoder2", "decoder2"}]),
+        ("simultaneous", [{"encoder1", "encoder2", "decoder1", "decoder2"}]),
+        ("none", [{"encoder1", "encoder2", "decoder1", "decoder2"}]),
+    ],
+)
+def test_who_moves_in_which_play(update: str, expected: list[set[str]]) -> None:
+    assert moves(update) == expected
+
+
+def test_in_the_simultaneous_game_the_encoders_see_the_reconstruction_alone() -> None:
+    made, x = shared("model.detector.update=simultaneous"), images()
+    made.epochs_done.fill_(3)
+    (losses,) = made.plays(Batch(x, torch.zeros(8), torch.arange(8)))
+    p = made.passes(x)
+    torch.testing.assert_close(losses["encoders"], made.rec_weight() * (made.loss_rec1(p) + made.loss_rec2(p)))
+
+
+def test_the_second_play_sees_the_networks_the_first_one_moved() -> None:
+    made = shared("model.detector.rec_weight_floor=0.75")
+    made.epochs_done.fill_(4)
+    optimizers = {player: torch.optim.SGD(made.player_parameters(player), lr=0.5) for player in made.players()}
+    made._optimizers_by_player = lambda: optimizers  # type: ignore[method-assign,assignment]
+
+    def second_loss(play_first: bool) -> Tensor:
+        plays = made.plays(batch())
+        first = next(plays)
+        if play_first:
+            made.minimise(first)
+        return next(plays)["ede2"].detach()
+
+    assert not torch.allclose(second_loss(play_first=False), second_loss(play_first=True), rtol=1e-3)
+
+
+def test_scores_and_latent_targets_are_what_they_are_called() -> None:
+    x = images()
+    made = shared("model.detector.omega=0.3").eval()
+    expected = transcription(made, x, 1, 1.5, 0.7)
+    torch.testing.assert_close(made.score(x), 0.3 * expected["image"] + 0.7 * expected["latent"])
+    usad = shared("model.detector.omega=0.3", "model.detector.score=usad").eval()
+    torch.testing.assert_close(usad.score(x), 0.3 * expected["image2"] + 0.7 * expected["image"])
+    reencoded = shared("model.detector.latent_target=reencoded").eval()
+    torch.testing.assert_close(reencoded.loss_adv(reencoded.passes(x)), expected["reencoded"])
+
+    attached, detached = shared("model.detector.alpha=0"), shared("model.detector.alpha=0")
+    detached.latent_target = "code_detached"
+    losses = [m.loss_adv(m.passes(x)) for m in (attached, detached)]
+    torch.testing.assert_close(*losses)
+    gradients = [
+        torch.autograd.grad(loss, list(m.encoder1.parameters()))
+        for m, loss in zip((attached, detached), losses, strict=True)
+    ]
+    assert any(not torch.allclose(a, b) for a, b in zip(*gradients, strict=True))
+
+
+def test_the_ablation_rows_leave_out_what_they_say() -> None:
+    x = images()
+    ede = detector("ede", "model.detector.alpha=1.5", "model.detector.beta=0.7").eval()
+    autoencoder = detector("autoencoder").eval()
+    assert isinstance(ede, EncoderDecoderEncoder) and isinstance(autoencoder, EncoderDecoderEncoder)
+    z = ede.encoder1(x)
+    x1 = ede.decoder1(z)
+    assert ede.encoder2 is not None
+    image, latent = (x - x1).abs().mean(dim=(1, 2, 3)), (z - ede.encoder2(x1)).abs().mean(dim=1)
+    (losses,) = ede.plays(Batch(x, torch.zeros(8), torch.arange(8)))
+    torch.testing.assert_close(losses["ede"], (1.5 * image + 0.7 * latent).mean())
+    torch.testing.assert_close(ede.score(x), 0.5 * image + 0.5 * latent)
+    assert autoencoder.encoder2 is None
+    torch.testing.assert_close(autoencoder.score(x), (x - autoencoder.reconstruct(x)).abs().mean(dim=(1, 2, 3)))
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.detector.update=usad", "update=usad: choose one of alternating"),
+        ("model.detector.latent_target=x", "latent_target=x: choose one of code"),
+        ("model.detector.score=x", "score=x: choose one of primed"),
+        ("model.detector.omega=2", "omega=2: choose a number from 0 to 1"),
+        ("model.detector.rec_weight_floor=-1", "rec_weight_floor=-1: choose a number from 0 to 1"),
+    ],
+)
+def test_a_wrong_option_is_named_with_the_right_ones(override: str, message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        detector("shared_ae", override)
+
+
+def test_no_latent_score_without_a_second_encoder() -> None:
+    with pytest.raises(Exception, match="set omega=1"):
+        detector("ede", "model.detector.beta=0")
+
+
+def test_networks_refuse_sizes_they_cannot_halve() -> None:
+    with pytest.raises(Exception, match=r"model\.input\.size 8, 16, 32"):
+        detector("autoencoder", shape=(1, 28, 28))
+
+
+def test_small_sizes_change_width_and_epochs_only() -> None:
+    for model in (m for m in MODELS if m.endswith("_small")):
+        small, full = (config.compose([f"model={name}"]).model for name in (model, model.removesuffix("_small")))
+        reduced = {key for key in flat(small) if flat(small)[key] != flat(full)[key]}
+        assert reduced == {"detector.width", "budget.epochs"}, model
+
+
+def flat(section: Mapping[str, object], prefix: str = "") -> dict[str, object]:
+    found: dict[str, object] = {}
+    for key, value in section.items():
+        found |= flat(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {f"{prefix}{key}": value}
+    return found
+
+
+def test_the_encoder_has_the_four_convolutions_of_figure_3() -> None:
+    made = detector("shared_ae", "model.detector.width=64")
+    assert isinstance(made, SharedAutoencoder)
+    kinds = [type(layer).__name__ for layer in made.encoder1]
+    assert kinds.count("Conv2d") == 4 and kinds.count("BatchNorm2d") == 2 and kinds[-1] == "Tanh"
+    kinds = [type(layer).__name__ for layer in made.decoder1]
+    assert kinds.count("ConvTranspose2d") == 4 and kinds.count("BatchNorm2d") == 3 and kinds[-1] == "Tanh"
+    sizes = [sum(p.numel() for p in network.parameters()) for network in (made.encoder1, made.decoder1)]
+    # Bias-free 4×4 kernels 1-64-128-256-100 and back, and two numbers a normalised channel.
+    kernels = 16 * (1 * 64 + 64 * 128 + 128 * 256 + 256 * 100)
+    assert sizes == [kernels + 2 * (128 + 256), kernels + 2 * (256 + 128 + 64)]
+
+
+def test_config_files_of_models_are_found_from_the_checkout() -> None:
+    assert Path(config.CONFIG_DIR).name == "conf"
