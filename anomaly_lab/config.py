@@ -9,6 +9,7 @@ import functools
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -28,6 +29,9 @@ _CHECKOUT = _PACKAGE.parent / "conf"
 CONFIG_DIR = _CHECKOUT if (_PACKAGE.parent / "pyproject.toml").is_file() else _PACKAGE / "conf"
 """The checkout's ``conf/`` where there is one (a packed copy goes stale), else the copy inside the wheel."""
 
+EXTRA_CONFIGS = "ANOMALY_LAB_CONF"
+"""Environment variable: a folder with further ``model/``, ``dataset/``, ``split/`` or ``experiment/`` files."""
+
 GROUPS = ("model", "dataset", "split", "trainer")
 """The config groups whose choice, with the class and the seed, names a run."""
 
@@ -39,6 +43,20 @@ NOT_IDENTITY = (
     "dataset.path",
     "dataset.name",
 )  # the name has its own place in the identity
+
+
+def search_path() -> list[str]:
+    """The override that makes Hydra see the folder in ``ANOMALY_LAB_CONF``; none where it is not set.
+
+    Raises:
+        ValueError: the variable names no folder.
+    """
+    extra = os.environ.get(EXTRA_CONFIGS)
+    if not extra:
+        return []
+    if not Path(extra).is_dir():
+        raise ValueError(f"{EXTRA_CONFIGS}={extra} is not a folder: name the one with your model/*.yaml, or unset it")
+    return [f"hydra.searchpath=['file://{Path(extra).resolve()}']"]
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
@@ -56,7 +74,7 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
     GlobalHydra.instance().hydra = None
     try:
         with initialize_config_dir(str(CONFIG_DIR), job_name="anomaly-lab", version_base="1.3"):
-            return hydra_compose("train", overrides=list(overrides), return_hydra_config=True)
+            return hydra_compose("train", overrides=[*overrides, *search_path()], return_hydra_config=True)
     finally:
         GlobalHydra.instance().hydra = state
 

@@ -104,12 +104,14 @@ class Detector(LightningModule, ABC):
         self.history: list[dict[str, float]] = []
         """One row an epoch: epoch, the mean of every recorded loss, val_score, and oracle_auroc where asked for."""
         self.noise = torch.Generator()
+        self._noise_state: Tensor | None = None  # a checkpoint's, until training continues
         self._optimizer = optimizer
         self._scheduler = scheduler
         self._clip = clip
         self._means: dict[str, tuple[Tensor, int]] = {}
         self._fitted: set[str] = set()
         self._evaluations: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        self._decisions: dict[str, list[Tensor]] = {}
         # Own counters: Lightning's global_step counts every optimiser's step.
         self.register_buffer("epochs_done", torch.zeros((), dtype=torch.long))
         self.register_buffer("steps_done", torch.zeros((), dtype=torch.long))
@@ -233,6 +235,10 @@ class Detector(LightningModule, ABC):
         scores, indices = zip(*self._evaluations[dataset], strict=True)
         return torch.cat(scores).cpu(), torch.cat(indices).cpu()
 
+    def decisions_of(self, dataset: str) -> Tensor | None:
+        """Decisions (N,) of the last pass over ``dataset`` by the method's own rule, on the CPU; None without one."""
+        return torch.cat(self._decisions[dataset]).cpu() if dataset in self._decisions else None
+
     # Lightning's hooks ------------------------------------------------------------------------------------------
 
     def _optimizers_by_player(self) -> dict[str, LightningOptimizer]:
@@ -241,10 +247,14 @@ class Detector(LightningModule, ABC):
         listed = found if isinstance(found, list) else [found]
         return dict(zip(self.players(), listed, strict=True))
 
-    def on_fit_start(self) -> None:
+    def on_train_start(self) -> None:
         self._means.clear()
-        if self.noise.device != self.device:
+        state, self._noise_state = self._noise_state, None
+        if self.noise.device.type != self.device.type:
             self.seed_noise(self.noise.initial_seed())
+        # The streams of CPU and GPU differ: on another kind of device a resumed run starts a new one.
+        if state is not None and state.shape == self.noise.get_state().shape:
+            self.noise.set_state(state)
 
     def on_train_epoch_end(self) -> None:
         row: dict[str, float] = {"epoch": int(self.epochs_done) + 1}
@@ -274,11 +284,11 @@ class Detector(LightningModule, ABC):
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._seconds = time.perf_counter() - self._started  # of training alone: validation starts here
-        self._evaluations = {}
+        self._evaluations, self._decisions = {}, {}
         self.test_metrics.reset()
 
     def on_test_epoch_start(self) -> None:
-        self._evaluations = {}
+        self._evaluations, self._decisions = {}, {}
         self.test_metrics.reset()
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -292,6 +302,9 @@ class Detector(LightningModule, ABC):
         score = self.score(batch.x).detach().float()
         assert score.shape == batch.index.shape, f"score() returned {tuple(score.shape)} for {len(batch.x)} images"
         self._evaluations.setdefault(dataset, []).append((score, batch.index))
+        decided = self.decide(batch.x)
+        if decided is not None:
+            self._decisions.setdefault(dataset, []).append(decided)
         if dataset == "test":
             self.test_metrics.update(score, batch.y)
 
@@ -309,7 +322,6 @@ class Detector(LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = checkpoint["anomaly_lab"]
         self.history = own["history"]
-        self.noise = torch.Generator(self.device)
-        self.noise.set_state(own["noise"].cpu())
+        self._noise_state = own["noise"].cpu()
         for name in own["fitted"]:
             self.set_fitted(name, torch.empty_like(checkpoint["state_dict"][name], device=self.device))

@@ -110,12 +110,17 @@ def threshold_from_normals(val_score: ArrayLike, quantile: float = 0.95) -> floa
 
 
 def evaluate(
-    score: ArrayLike, truth: ArrayLike, *, threshold: float | None, resamples: int = 1000
+    score: ArrayLike,
+    truth: ArrayLike,
+    *,
+    threshold: float | None,
+    decided: ArrayLike | None = None,
+    resamples: int = 1000,
 ) -> dict[str, float | None]:
     """All metrics of one scored test set by name.
 
-    `balanced_accuracy`, `f1`, `precision` and `recall` judge the decision score > `threshold`, anomalies
-    positive, and are None without a threshold. Precision and F1 are 0 when nothing is called anomalous.
+    `balanced_accuracy`, `f1`, `precision` and `recall` judge a method's own decisions `decided` (N,) where it has
+    a rule, else score > `threshold`; anomalies positive; None where there is neither. Precision and F1 are 0 when nothing is called anomalous.
     """
     score, truth = _checked(score, truth)
     low, high = auroc_interval(score, truth, resamples=resamples)
@@ -125,16 +130,19 @@ def evaluate(
         "auroc_high": high,
         "average_precision": average_precision(score, truth),
         "fpr95": fpr_at_tpr(score, truth),
-        **_decision_metrics(score, truth, threshold),
+        **_decision_metrics(_alarm(score, threshold, decided), truth),
     }
 
 
-def _decision_metrics(
-    score: NDArray[np.float64], truth: NDArray[np.bool_], threshold: float | None
-) -> dict[str, float | None]:
-    if threshold is None:
+def _alarm(score: NDArray[np.float64], threshold: float | None, decided: ArrayLike | None) -> NDArray[np.bool_] | None:
+    if decided is not None:
+        return np.asarray(decided, dtype=bool)
+    return None if threshold is None else score > threshold
+
+
+def _decision_metrics(alarm: NDArray[np.bool_] | None, truth: NDArray[np.bool_]) -> dict[str, float | None]:
+    if alarm is None:
         return dict.fromkeys(("balanced_accuracy", "f1", "precision", "recall"))
-    alarm = score > threshold
     hits, alarms = int(np.sum(alarm & truth)), int(np.sum(alarm))
     anomalies, normals = int(truth.sum()), int(np.sum(~truth))
     recall = hits / anomalies

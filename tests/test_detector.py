@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from anomaly_lab import datasets, splits
 from anomaly_lab.data import OneClassData, Prepare
 from anomaly_lab.detector import Batch, Detector, ExactScores
+from anomaly_lab.metrics import evaluate
 
 
 class Gaussian(Detector):
@@ -27,6 +28,9 @@ class Gaussian(Detector):
 
     def after_fit(self, images: Tensor) -> None:
         self.set_fitted("mean", images.mean(0))
+
+    def decide(self, x: Tensor) -> Tensor:
+        return self.score(x) > 0.123
 
     def score(self, x: Tensor) -> Tensor:
         return (x - self.get_buffer("mean")).abs().flatten(1).mean(1)
@@ -89,10 +93,16 @@ def test_a_method_without_gradients_fits_the_contract(data: OneClassData, tmp_pa
     detector.after_fit(data.prepared("train"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        (measured,) = run.test(detector, data, verbose=False)
+        rows = run.test(detector, data, verbose=False)
+    measured = {name: value for row in rows for name, value in row.items()}
     score, index = detector.scores_of("test")
     assert np.array_equal(index.numpy(), data.partition.test)
     assert measured["auroc"] == pytest.approx(roc_auc_score(data.partition.test_truth, score.numpy()), abs=1e-6)
+
+    decided = detector.decisions_of("test")
+    assert decided is not None and torch.equal(decided, score > 0.123)
+    by_rule = evaluate(score, data.partition.test_truth, threshold=0.0, decided=decided)
+    assert by_rule == evaluate(score, data.partition.test_truth, threshold=0.123)
 
     checkpoint: dict[str, Any] = {"state_dict": detector.state_dict()}
     detector.on_save_checkpoint(checkpoint)
@@ -126,16 +136,21 @@ def test_images_can_be_left_out_of_training(data: OneClassData, tmp_path: Path) 
     assert set(detector.seen) <= even and len(detector.seen) == 48
 
 
-def test_noise_continues_from_a_checkpoint(data: OneClassData) -> None:
-    detector = Noisy(data.image_shape, optimizer=sgd(0.01))
-    detector.seed_noise(7)
-    torch.rand(5, generator=detector.noise)
-    checkpoint: dict[str, Any] = {"state_dict": detector.state_dict()}
-    detector.on_save_checkpoint(checkpoint)
-    expected = torch.rand(3, generator=detector.noise)
-    other = Noisy(data.image_shape, optimizer=sgd(0.01))
-    other.on_load_checkpoint(checkpoint)
-    assert torch.equal(torch.rand(3, generator=other.noise), expected)
+def test_noise_continues_from_a_checkpoint(data: OneClassData, tmp_path: Path) -> None:
+    def fit(epochs: int, checkpoint: Path | None = None) -> tuple[Noisy, Trainer]:
+        torch.manual_seed(0)
+        detector, run = Noisy(data.image_shape, optimizer=sgd(0.05)), trainer(tmp_path, epochs)
+        detector.seed_noise(7)
+        run.fit(detector, data, ckpt_path=checkpoint, weights_only=True)
+        return detector, run
+
+    straight, _ = fit(2)
+    _, first = fit(1)
+    first.save_checkpoint(tmp_path / "one.ckpt", weights_only=False)
+    resumed, _ = fit(2, tmp_path / "one.ckpt")
+    assert torch.equal(resumed.noise.get_state(), straight.noise.get_state())
+    for a, b in zip(resumed.parameters(), straight.parameters(), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_players_gradient_is_clipped_to_its_norm(data: OneClassData, tmp_path: Path) -> None:
