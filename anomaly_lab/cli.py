@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import argparse
 import logging
+import os
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 DRY_RUN = "--dry-run"
+
+DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
+"""Exit codes: everything asked for is there; a run failed or is left; the command itself is wrong; Ctrl-C."""
 
 
 def train() -> None:
@@ -16,42 +25,96 @@ def train() -> None:
 
     ``--dry-run`` says what is done, what is to do and about how long it will take, and does nothing.
     """
-    if DRY_RUN in sys.argv:
-        sys.exit(_dry_run([word for word in sys.argv[1:] if word != DRY_RUN]))
-
-    import hydra
-    from hydra.core.hydra_config import HydraConfig
-    from omegaconf import DictConfig
+    from hydra import main
+    from hydra._internal.utils import get_args_parser
 
     from anomaly_lab import config
 
-    multirun = any(word in ("-m", "--multirun") for word in sys.argv[1:])
+    dry = DRY_RUN in sys.argv
+    sys.argv[1:] = [word for word in sys.argv[1:] if word != DRY_RUN]
+    asked = get_args_parser().parse_args(sys.argv[1:])
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as exceptions, not as pages of Hydra's own
+    for name in ("hydra", "hydra_plugins"):
+        logging.getLogger(name).setLevel(logging.WARNING)  # a sweep prints a line a run, not two more of the launcher
+    try:
+        if asked.config_dir or asked.config_path or asked.config_name:
+            raise ValueError(
+                f"configs of your own go into the folder that {config.EXTRA_CONFIGS} names, not into flags"
+            )
+        if dry:
+            sys.exit(_dry_run(asked.overrides))
+        sys.argv += config.search_path()
+        main(config_path=str(config.CONFIG_DIR), config_name="train", version_base="1.3")(_job)()
+        if asked.multirun:
+            sys.exit(_summary(asked.overrides))
+    except (KeyboardInterrupt, SystemExit) as end:
+        # In the middle of training Lightning makes a SystemExit of Ctrl-C.
+        if not isinstance(end, KeyboardInterrupt) and not isinstance(end.__context__, KeyboardInterrupt):
+            raise
+        print("interrupted: the same command goes on after the last whole epoch", file=sys.stderr)
+        sys.exit(INTERRUPTED)
+    except Exception as error:
+        line = _explained(error)
+        if line is None:
+            raise
+        sys.exit(_mistake("anomaly-lab", line))
 
-    @hydra.main(config_path=str(config.CONFIG_DIR), config_name="train", version_base="1.3")
-    def job(cfg: DictConfig) -> None:
-        from anomaly_lab.run import run
 
-        _quiet()
-        cfg = config.with_choices(cfg, HydraConfig.get().runtime.choices)
-        try:
+def _job(cfg: DictConfig) -> None:
+    """One run, under Hydra: in this process, or in one of a launcher's."""
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from hydra.types import RunMode
+
+    from anomaly_lab import config
+
+    hydra = HydraConfig.get()
+    sweep = hydra.mode == RunMode.MULTIRUN
+    out: Path | None = None
+    try:
+        cfg = config.with_choices(cfg, hydra.runtime.choices)
+        if not sweep:
+            _refuse_grid(cfg.choices.experiment, hydra.sweeper.params, hydra.overrides.task)
+        out = config.run_dir(cfg)  # finds most mistakes, before anything heavy is imported
+        result = before = config.finished(cfg)
+        if result is None:
+            from anomaly_lab.run import run  # torch and Lightning: seconds
+
+            _quiet()
             result = run(cfg)
-        except ValueError as error:
-            # A user's mistake is one line; anything else is ours and keeps its traceback. In a sweep the other runs
-            # go on, so the failure must not end the process.
-            print(f"error: {error}", file=sys.stderr)
-            if not multirun:
-                sys.exit(2)
-            return
-        if result is not None:
-            _print_result(result, config.run_dir(cfg))
+    except Exception as error:
+        line = _explained(error)
+        if line is None:
+            traceback.print_exc()
+            line = f"{type(error).__name__}: {_flat(str(error))}"
+            code = FAILED
+        else:
+            code = FAILED if type(error).__name__ == "Diverged" else MISTAKE  # by name: torch need not be here yet
+            if isinstance(error, HydraException) and out is not None:  # a method that could not be made
+                line += f"; traceback in {out / 'failure.json'}"
+        if not sweep:
+            sys.exit(_mistake("anomaly-lab", line, code))
+        # The other runs of a sweep go on; the summary at its end finds the failure again.
+        print(f"failed: {out or ' '.join(hydra.overrides.task)}: {line}", file=sys.stderr, flush=True)
+        return
+    if result is None:
+        print(f"left to the process that is busy with it: {out}", file=sys.stderr, flush=True)
+    elif sweep:
+        print(_result_line(result) + ("  (done before)" if before else ""), flush=True)
+    else:
+        _print_result(result, out)
 
-    job()
-    if multirun:
-        sys.exit(_summary(_overrides(sys.argv[1:])))
+
+def _refuse_grid(experiment: str | None, grid: Mapping[str, Any] | None, given: Sequence[str]) -> None:
+    """Without -m an experiment's grid would shrink to one run of the defaults, without a word."""
+    missing = grid and [key for key in grid if not any(word.startswith(f"{key}=") for word in given)]
+    if missing:
+        one = " ".join(f"{key}=..." for key in missing)
+        raise ValueError(f"experiment={experiment} is a grid of runs: add -m, or ask for one of them with {one}")
 
 
 def _quiet() -> None:
-    """Keep Lightning's greetings and known harmless warnings off the screen."""
+    """Keep Lightning's greetings and known harmless warnings off the screen; its import sets its own levels."""
     import warnings
 
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
@@ -60,79 +123,163 @@ def _quiet() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
 
 
-def _print_result(result: dict[str, Any], out: Path) -> None:
-    identity, measured = result["identity"], result["metrics"]
+def _explained(error: Exception) -> str | None:
+    """A user's mistake in one line that says what to do; None for what is no user's mistake."""
+    from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-    def number(name: str) -> str:
-        return "n/a" if measured[name] is None else f"{measured[name]:.3f}"
+    text, cause = _flat(str(error)), error.__cause__
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"there is no {group}={name}: choose among {', '.join(error.options)}"
+    if isinstance(error, InstantiationException) and isinstance(cause, ValueError):
+        return _flat(str(cause))  # what a data set, a split or a method says about its parameters
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} has no value: give {error.full_key}=..."
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} is no key=value: {text}"
+    if isinstance(error, HydraException) and "--multirun" in text:
+        named = text.split("'")[1]
+        return f"{named} asks for several runs: add -m"
+    if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
+        return f"{cause.full_key} cannot be set ({_flat(str(cause))}): anomaly-lab --cfg job shows the keys there are"
+    mistake = isinstance(error, HydraException | OmegaConfBaseException | ValueError | OSError)
+    # Lightning's own, by name: a device that is not there. Its import would cost seconds.
+    return text if mistake or type(error).__name__ == "MisconfigurationException" else None
 
+
+def _flat(text: str) -> str:
+    """One line of many, without what Hydra and OmegaConf add for their own developers."""
+    noise = ("See https://", "Error parsing override", "full_key:", "object_type=", "reference_type=")
+    return " ".join(line.strip() for line in text.splitlines() if line and not line.strip().startswith(noise))
+
+
+def _mistake(program: str, line: str, code: int = MISTAKE) -> int:
+    print(f"{program}: error: {line}", file=sys.stderr)
+    return code
+
+
+def _number(value: float | None) -> str:
+    return "n/a" if value is None else f"{value:.3f}"
+
+
+def _result_line(result: Mapping[str, Any]) -> str:
+    """One finished run of a sweep."""
+    identity = result["identity"]
+    seconds = result["seconds"]["fit"] + result["seconds"]["score"]
+    changed = "".join(f"  {key.rpartition('.')[2]}={value}" for key, value in identity["changed"].items())
+    return (
+        f"{identity['model']}  {identity['dataset']}  {identity['split']}  {result['role']} {result['class_name']}  "
+        f"seed {identity['seed']}  AUROC {_number(result['metrics']['auroc'])}  {seconds:.0f} s{changed}"
+    )
+
+
+def _print_result(result: Mapping[str, Any], out: Path) -> None:
+    identity, measured = result["identity"], {k: _number(v) for k, v in result["metrics"].items()}
     rows = [
         ("model", identity["model"]),
-        (
-            "data",
-            f"{identity['dataset']}, split {identity['split']}, {result['role']} class {result['class_name']}",
-        ),
-        ("AUROC", f"{number('auroc')}  (95 % interval {number('auroc_low')} to {number('auroc_high')})"),
-        ("average precision", number("average_precision")),
-        ("FPR at 95 % TPR", number("fpr95")),
-        ("balanced accuracy", number("balanced_accuracy")),
+        ("data", f"{identity['dataset']}, split {identity['split']}, {result['role']} class {result['class_name']}"),
+        ("AUROC", f"{measured['auroc']}  (95 % interval {measured['auroc_low']} to {measured['auroc_high']})"),
+        ("average precision", measured["average_precision"]),
+        ("FPR at 95 % TPR", measured["fpr95"]),
+        ("balanced accuracy", measured["balanced_accuracy"]),
     ]
-    if measured["oracle_auroc"] is not None:
-        rows.append(("oracle AUROC", f"{number('oracle_auroc')}  (best epoch on the test labels: not a result)"))
+    if result["metrics"]["oracle_auroc"] is not None:
+        rows.append(("oracle AUROC", f"{measured['oracle_auroc']}  (best epoch on the test labels: not a result)"))
+    pictures = sorted(path.name for path in (out / "figures").glob("*.png"))
     rows += [
         ("training", f"{result['epochs']} epochs, {result['seconds']['fit']:.0f} s on {result['device']}"),
         ("result", str(out / "result.json")),
-        ("figures", ", ".join(str(path) for path in sorted((out / "figures").glob("*.png")))),
+        ("figures", f"{out / 'figures'}: {', '.join(pictures)}"),
     ]
     width = max(len(name) for name, _ in rows)
     print("\n".join(f"{name:<{width}}  {value}" for name, value in rows), flush=True)
 
 
-def _overrides(words: Sequence[str]) -> list[str]:
-    """Those command-line words that are overrides, not flags of Hydra's."""
-    return [word for word in words if not word.startswith("-")]
+class _Run(NamedTuple):
+    """One job of a grid, and how far it is."""
+
+    name: str  # its folder; where it is impossible, what tells it from the others
+    state: str  # one of results.STATES, or "impossible"
+    detail: str
+    cfg: DictConfig | None = None  # None where it is impossible
+    out: Path | None = None
 
 
-def _states(overrides: Sequence[str]) -> list[tuple[Any, Path, str]]:
+def _grid(overrides: Sequence[str]) -> list[_Run]:
     from anomaly_lab import config, results
 
-    configs = [config.compose(job) for job in config.jobs(overrides)]
-    folders = [config.run_dir(cfg) for cfg in configs]
-    return [(cfg, out, results.state(out)) for cfg, out in zip(configs, folders, strict=True)]
+    jobs = config.jobs(overrides)
+    common = set[str]().union(*jobs[:1]).intersection(*jobs) if len(jobs) > 1 else set()
+    runs = []
+    for job in jobs:
+        cfg = config.compose(job)
+        try:
+            out = config.run_dir(cfg)
+        except Exception as error:  # a class that is none of the data set's, missing data, ...
+            line = _explained(error)
+            if line is None:
+                raise
+            runs.append(_Run(" ".join(word for word in job if word not in common), "impossible", line))
+            continue
+        [status] = results.status(cfg.runs, [({}, out)])
+        if status.state == "done" and config.finished(cfg) is None:
+            runs.append(_Run(str(out), "missing", "its test AUROC was not watched", cfg, out))
+        else:
+            runs.append(_Run(str(out), status.state, status.detail, cfg, out))
+    return runs
 
 
 def _summary(overrides: Sequence[str]) -> int:
-    states = [state for _, _, state in _states(overrides)]
-    counts = {state: states.count(state) for state in dict.fromkeys(states)}
-    print(f"{len(states)} runs: " + ", ".join(f"{count} {state}" for state, count in counts.items()))
-    if "failed" in counts:
-        print("the reasons: anomaly-lab-report runs --status; the same command tries them again")
-    return int(counts != {"done": len(states)})
+    """How a sweep ended: why runs failed, and how many of each state there are."""
+    runs = _grid(overrides)
+    states = ["failed" if run.state == "impossible" else run.state for run in runs]
+    for run, state in zip(runs, states, strict=True):
+        if state != "done":
+            print(f"{state:<12}{run.name}  {run.detail}")
+    print(f"{_runs(runs)}: " + ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)))
+    if set(states) <= {"done"}:
+        return DONE
+    print("the same command tries again what is not done")
+    return FAILED
 
 
-def _dry_run(words: Sequence[str]) -> int:
+def _dry_run(overrides: Sequence[str]) -> int:
     import json
     from statistics import median
 
-    try:
-        states = _states(_overrides(words))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    runs = _grid(overrides)
     seconds: dict[Any, list[float]] = {}
-    for cfg, out, state in states:
-        if state == "done":
-            spent = json.loads((out / "result.json").read_text())["seconds"]
-            seconds.setdefault(_kind(cfg), []).append(spent["fit"] + spent["score"])
-    left = [(cfg, out, state) for cfg, out, state in states if state != "done"]
-    for _, out, state in left:
-        print(f"{state:<12}{out}")
-    known = [median(seconds[_kind(cfg)]) for cfg, _, _ in left if _kind(cfg) in seconds]
-    print(f"{len(states)} runs: {len(states) - len(left)} done, {len(left)} to do", end="")
+    for run in runs:
+        if run.state == "done" and run.out is not None:
+            spent = json.loads((run.out / "result.json").read_text())["seconds"]
+            seconds.setdefault(_kind(run.cfg), []).append(spent["fit"] + spent["score"])
+    for run in runs:
+        if run.state != "done":
+            print(f"{run.state:<12}{run.name}  {run.detail}".rstrip())
+    left = [run for run in runs if run.cfg is not None and run.state != "done"]
+    known = [median(seconds[_kind(run.cfg)]) for run in left if _kind(run.cfg) in seconds]
+    impossible = sum(run.cfg is None for run in runs)
+    line = f"{_runs(runs)}: {len(runs) - len(left) - impossible} done, {len(left)} to do"
+    if impossible:
+        line += f", {impossible} impossible"
     if known:
-        print(f", about {sum(known) / 60:.0f} minutes one after another for {len(known)} of them", end="")
-    print("" if len(known) == len(left) else f"; no finished run tells how long {len(left) - len(known)} take")
-    return 0
+        line += f"; about {_duration(sum(known))} one after another"
+        line += "" if len(known) == len(left) else f" for {len(known)} of them"
+    if len(known) < len(left):
+        line += f"; no finished run tells how long {len(left) - len(known)} of them take"
+    print(line)
+    return MISTAKE if impossible else DONE
+
+
+def _runs(runs: Sequence[_Run]) -> str:
+    return f"{len(runs)} run{'s' * (len(runs) != 1)}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} seconds"
+    return f"{seconds / 60:.0f} minutes" if seconds < 5400 else f"{seconds / 3600:.1f} hours"
 
 
 def _kind(cfg: Any) -> tuple[Any, ...]:
@@ -144,42 +291,70 @@ def _kind(cfg: Any) -> tuple[Any, ...]:
 
 def data(argv: Sequence[str] | None = None) -> int:
     """``anomaly-lab-data download|list|check``: the data sets' caches, where there is a network to fetch them."""
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="anomaly-lab-data", description="Fetch, list and verify data sets.")
+    parser = argparse.ArgumentParser(
+        prog="anomaly-lab-data",
+        description="Fetch, list and verify data sets. They lie in data_dir: ANOMALY_LAB_DATA, else ./data.",
+        epilog="example: anomaly-lab-data download mnist cifar10; "
+        "anomaly-lab-data check image_folder dataset.name=bottles dataset.path=photos/bottles",
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("list", help="the data sets there are configs for, and whether they are ready")
-    for name, text in (("download", "fetch and decode data sets once"), ("check", "verify their checksums")):
-        command = commands.add_parser(name, help=text)
-        command.add_argument("names", nargs="+", metavar="NAME")
-        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as dataset.path=DIR")
-    arguments, extra = parser.parse_known_args(argv)
-    del extra
-
-    from hydra.utils import instantiate
-    from omegaconf.errors import MissingMandatoryValue
+    for name, text in (
+        ("list", "say which data sets are ready"),
+        ("download", "fetch and decode data sets, each once"),
+        ("check", "verify the checksums of decoded data sets"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        if name != "list":
+            command.add_argument("names", nargs="+", metavar="NAME", help="as in anomaly-lab-data list")
+        command.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as data_dir=DIR")
+    arguments = parser.parse_args(argv)
+    # argparse gives everything to the first list that takes it.
+    words = [*getattr(arguments, "names", ()), *arguments.overrides]
+    names = [word for word in words if "=" not in word]
+    overrides = [word for word in words if "=" in word]
 
     from anomaly_lab import config
 
     if arguments.command == "list":
-        for path in sorted((config.CONFIG_DIR / "dataset").glob("*.yaml")):
-            try:
-                dataset = instantiate(config.compose([f"dataset={path.stem}"]).dataset)
-            except MissingMandatoryValue:
-                print(f"{path.stem:<16}yours: give dataset.name and dataset.path")
-                continue
-            print(f"{path.stem:<16}{'ready' if dataset.cache.exists() else 'not there'}  {dataset.cache}")
-        return 0
-    names = [word for word in arguments.names if "=" not in word]
-    overrides = [word for word in (*arguments.names, *arguments.overrides) if "=" in word]
+        if names:
+            return _mistake(parser.prog, f"list takes no names, got {' '.join(names)}")
+        extra = os.environ.get(config.EXTRA_CONFIGS)
+        folders = [config.CONFIG_DIR, Path(extra)] if extra else [config.CONFIG_DIR]
+        names = sorted({path.stem for folder in folders for path in (folder / "dataset").glob("*.yaml")})
+    elif not names:
+        return _mistake(parser.prog, "name a data set, see anomaly-lab-data list")
+    code = DONE
     for name in names:
         try:
-            dataset = instantiate(config.compose([f"dataset={name}", *overrides]).dataset)
-            print(dataset.check() if arguments.command == "check" else f"{name}: ready in {dataset.download()}")
-        except ValueError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-    return 0
+            print(_data_line(arguments.command, name, overrides), flush=True)
+        except Exception as error:
+            line = _explained(error)
+            if line is None:
+                raise
+            code = _mistake(parser.prog, line if name in line else f"{name}: {line}")
+    return code
+
+
+def _data_line(command: str, name: str, overrides: Sequence[str]) -> str:
+    from hydra.utils import instantiate
+    from omegaconf import OmegaConf
+
+    from anomaly_lab import config
+
+    given = config.compose([f"dataset={name}", *overrides]).dataset
+    if missing := sorted(OmegaConf.missing_keys(given)):
+        needed = " and ".join(f"{key}=..." for key in missing)
+        if command == "list":
+            return f"{name:<16}yours: give {needed}"
+        raise ValueError(f"{name} is your own data set: give {needed}")
+    dataset = instantiate(given)
+    if command == "check":
+        return str(dataset.check())
+    if command == "download":
+        return f"{name}: ready in {dataset.download()}"
+    state = "ready" if dataset.cache.exists() else "not there"
+    advice = "" if dataset.cache.exists() else f"  anomaly-lab-data download {name}"
+    return f"{name:<16}{state:<11}{dataset.cache}{advice}"
 
 
 def report(argv: Sequence[str] | None = None) -> int:

@@ -166,13 +166,19 @@ def target(cfg: DictConfig) -> int:
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
-    """What makes a run the same run: model, data set, split, class index, seed and what was changed."""
+    """What makes a run the same run: model, data set, split, class index, seed and what was changed.
+
+    Raises:
+        ValueError: see `target`; or a seed that is no whole number.
+    """
+    if not isinstance(cfg.seed, int) or cfg.seed < 0:
+        raise ValueError(f"seed={cfg.seed}: give a whole number from 0")
     return {
         "model": cfg.choices.model,
         "dataset": cfg.dataset.name,
         "split": cfg.choices.split,
         "normal_class": target(cfg),
-        "seed": int(cfg.seed),
+        "seed": cfg.seed,
         "changed": changed(cfg),
     }
 
@@ -185,6 +191,23 @@ def run_dir(cfg: DictConfig) -> Path:
     if own["changed"]:
         seed += "-" + hashlib.sha256(json.dumps(own["changed"], sort_keys=True).encode()).hexdigest()[:8]
     return Path(cfg.runs) / own["model"] / own["dataset"] / own["split"] / f"{letter}{own['normal_class']}" / seed
+
+
+def finished(cfg: DictConfig) -> dict[str, Any] | None:
+    """The ``result.json`` of the run that ``cfg`` describes; None where it is still to be made.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    path = run_dir(cfg) / "result.json"
+    if not path.is_file():
+        return None
+    try:
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it and start the run again") from error
+    # trainer.watch_test changes no score, so it is no part of the identity; but what was not watched must be made.
+    return None if cfg.trainer.watch_test and result["metrics"]["oracle_auroc"] is None else result
 
 
 def expected_runs(experiment: str, overrides: Sequence[str] = ()) -> list[tuple[dict[str, Any], Path]]:

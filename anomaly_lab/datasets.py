@@ -379,7 +379,7 @@ class COIL100(Dataset):
         k = self.native // self.size
         pixels = np.empty((len(expected), 3, self.size, self.size), np.uint8)
         for i, name in enumerate(expected):
-            image = _open_image(files[name], f"{where}/{name}", channels=3)
+            image = open_image(files[name], f"{where}/{name}", channels=3)
             if image.shape != (3, self.native, self.native):
                 raise ValueError(
                     f"{where}/{name} has {image.shape[2]}x{image.shape[1]} pixels, not the original "
@@ -472,7 +472,7 @@ class ImageFolder(Dataset):
         index = {name: k for k, name in enumerate(class_names)}
         pixels = np.empty((len(listing), self.channels, self.size, self.size), np.uint8)
         for i, (file, _, _, _) in enumerate(listing):
-            pixels[i] = _open_image(file, str(file), self.channels, self.size)
+            pixels[i] = open_image(file, str(file), self.channels, self.size)
         labels = np.array([index[name] for _, name, _, _ in listing], np.int64)
         is_test = np.array([test for _, _, test, _ in listing], np.bool_)
         return Images.canonical(pixels, labels, is_test, class_names, name=self.name)
@@ -723,7 +723,7 @@ def _reason(error: BaseException) -> str:
     return text[:240] if text else type(error).__name__
 
 
-def _open_image(file: Any, where: str, channels: int, size: int | None = None) -> np.ndarray:
+def open_image(file: Any, where: str, channels: int, size: int | None = None) -> np.ndarray:
     """Decode one image file into uint8 (C,H,W), resized to size x size where that is given."""
     from PIL import Image, ImageOps
 

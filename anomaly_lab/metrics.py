@@ -120,7 +120,8 @@ def evaluate(
     """All metrics of one scored test set by name.
 
     `balanced_accuracy`, `f1`, `precision` and `recall` judge a method's own decisions `decided` (N,) where it has
-    a rule, else score > `threshold`; anomalies positive; None where there is neither. Precision and F1 are 0 when nothing is called anomalous.
+    a rule, else score > `threshold`; anomalies positive; None where there is neither. Precision and F1 are 0 when
+    nothing is called anomalous.
     """
     score, truth = _checked(score, truth)
     low, high = auroc_interval(score, truth, resamples=resamples)

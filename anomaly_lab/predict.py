@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from anomaly_lab.datasets import IMAGE_SUFFIXES, _open_image
+from anomaly_lab.datasets import IMAGE_SUFFIXES, open_image
 
 # torch and Lightning take seconds to import: they come with the first run that is loaded, not with --help.
 if TYPE_CHECKING:
@@ -93,7 +93,7 @@ class FittedDetector:
         channels, height, width = self.stored_shape
         images = np.empty((len(paths), channels, height, width), np.uint8)
         for i, path in enumerate(paths):
-            image = _open_image(path, str(path), channels, height if height == width else None)
+            image = open_image(path, str(path), channels, height if height == width else None)
             if image.shape[1:] != (height, width):  # only where the data set itself is not square
                 raise ValueError(f"{path} has {image.shape[2]}x{image.shape[1]} pixels: bring it to {width}x{height}")
             images[i] = image
@@ -111,9 +111,7 @@ class FittedDetector:
         # In float64, as `anomaly_lab.metrics` compares them: a score at the threshold is normal there and here.
         return None if self.threshold is None else scores.astype(np.float64) > self.threshold
 
-    def _each(
-        self, function: Callable[[Tensor], Tensor | None], images: NDArray[np.uint8]
-    ) -> NDArray[Any] | None:
+    def _each(self, function: Callable[[Tensor], Tensor | None], images: NDArray[np.uint8]) -> NDArray[Any] | None:
         """``function`` of the prepared images, batch by batch; None if it gives None, or if there are no images."""
         import torch
 

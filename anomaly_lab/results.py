@@ -1152,8 +1152,8 @@ def main(argv: Sequence[str] | None = None, expected_runs: Callable[[str], Expec
     try:
         return _report(arguments, expected_runs)
     except ValueError as error:
-        print(f"anomaly-lab-report: {error}", file=sys.stderr)
-        return 1
+        print(f"anomaly-lab-report: error: {error}", file=sys.stderr)
+        return 2
 
 
 def _grid(experiment: str) -> Expected:
@@ -1170,7 +1170,15 @@ def _grid(experiment: str) -> Expected:
 
 def _report(arguments: argparse.Namespace, expected_runs: Callable[[str], Expected] | None) -> int:
     name: str | None = arguments.experiment
-    expected = None if name is None else (expected_runs or _grid)(name)
+    expected: Expected | None = None
+    if name is not None:
+        try:
+            expected = (expected_runs or _grid)(name)
+        except ValueError as error:
+            # Class names are looked up in the data set, which a machine that only reports need not have.
+            if arguments.status or not _recorded_under(arguments.runs, name):
+                raise
+            print(f"only runs recorded under the name {name}, for its grid is not known here: {error}", file=sys.stderr)
     if arguments.status:
         print(status_text(status(arguments.runs, expected)))
         return 0
@@ -1190,8 +1198,8 @@ def _report(arguments: argparse.Namespace, expected_runs: Callable[[str], Expect
         out = arguments.out or Path("experiments", name)
         _write_experiment(frame, read_epochs(arguments.runs, frame), name, out)
         print(markdown(sections(frame, expected), oracle=arguments.oracle))
-        missing = len(grid - set(frame["path"]))
-        print(f"written: {out / 'README.md'} from {len(frame)} runs; {missing} of the grid are missing")
+        missing = "" if expected is None else f"; {len(grid - set(frame['path']))} of the grid are missing"
+        print(f"written: {out / 'README.md'} from {len(frame)} runs{missing}")
         return 0
     out = arguments.out or arguments.runs / "report"
     parts = sections(frame, epochs=read_epochs(arguments.runs, frame))
@@ -1199,6 +1207,10 @@ def _report(arguments: argparse.Namespace, expected_runs: Callable[[str], Expect
     print(markdown(parts, oracle=arguments.oracle))
     print(f"written: {out / 'report.html'} (one file, opens anywhere), beside it report.md, report.tex, CSVs")
     return 0
+
+
+def _recorded_under(runs: Path, name: str) -> bool:
+    return runs.is_dir() and bool((read(runs)["experiment"] == name).any())
 
 
 def _selection(frame: pd.DataFrame, chosen: pd.Series[bool]) -> pd.DataFrame:

@@ -31,7 +31,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from anomaly_lab import config, figures, metrics
+from anomaly_lab import config, figures, metrics, tracking
 from anomaly_lab.data import OneClassData, Prepare
 from anomaly_lab.detector import Detector
 
@@ -152,7 +152,6 @@ def make_detector(cfg: DictConfig, image_shape: Sequence[int]) -> Detector:
         detector = instantiate(cfg.model.detector, image_shape=tuple(image_shape), _convert_="all")
     if not isinstance(detector, Detector):
         raise ValueError(f"model={cfg.choices.model}: model.detector._target_ must name a subclass of Detector")
-    detector.seed_noise(stream(cfg.seed, "noise"))
     return detector
 
 
@@ -242,7 +241,7 @@ def run(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> dict[str, Any] |
     """
     identity = config.identity(cfg)
     out = config.run_dir(cfg)
-    result = _finished(cfg, out)
+    result = config.finished(cfg)
     if result is not None:
         log.info("%s: done before, nothing to do", out)
         return result
@@ -251,9 +250,10 @@ def run(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> dict[str, Any] |
             log.warning("%s: another process is busy with this run; left to it", out)
             return None
         try:
-            result = _make(cfg, identity, out, callbacks)
+            with tracking.opened(cfg, out, identity) as tracker:
+                result = _make(cfg, identity, out, tracker, callbacks)
         except Exception as error:
-            failure = {"identity": identity, "error": f"{type(error).__name__}: {error}"}
+            failure = {"identity": identity, "error": " ".join(f"{type(error).__name__}: {error}".split())}
             write_json(out / "failure.json", failure | {"traceback": traceback.format_exc(), "time": _now()})
             raise
         (out / "failure.json").unlink(missing_ok=True)
@@ -264,39 +264,43 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _finished(cfg: DictConfig, out: Path) -> dict[str, Any] | None:
-    if not (out / "result.json").is_file():
-        return None
-    result = json.loads((out / "result.json").read_text())
-    # trainer.watch_test changes no score, so it is no part of the identity; but what was not watched must be made.
-    return None if cfg.trainer.watch_test and result["metrics"]["oracle_auroc"] is None else result
+def _history(checkpoint: Path) -> list[dict[str, float]]:
+    return torch.load(checkpoint, map_location="cpu", weights_only=True)["anomaly_lab"]["history"]
 
 
 def _resumable(cfg: DictConfig, out: Path) -> Path | None:
     checkpoint = out / "last.ckpt"
     if not checkpoint.is_file():
         return None
-    history = torch.load(checkpoint, map_location="cpu", weights_only=True)["anomaly_lab"]["history"]
+    history = _history(checkpoint)
     if cfg.trainer.watch_test and any("oracle_auroc" not in row for row in history):
         log.info("%s: its test AUROC was not watched so far; starting again", out)
         return None
     return checkpoint
 
 
-def _make(cfg: DictConfig, identity: dict[str, Any], out: Path, callbacks: Sequence[Callback]) -> dict[str, Any]:
+def _make(
+    cfg: DictConfig,
+    identity: dict[str, Any],
+    out: Path,
+    tracker: tracking.Tracker,
+    callbacks: Sequence[Callback],
+) -> dict[str, Any]:
     _threads(cfg)
     data, split = make_data(cfg), instantiate(cfg.split)
     detector = make_detector(cfg, data.image_shape)
     resolved = OmegaConf.to_container(cfg, resolve=True)
-    logger = instantiate(cfg.logger)(out, identity, resolved) if cfg.get("logger") else False
     class_name = split.classes(data.images)[data.target]
     title = f"{identity['model']} {identity['dataset']} {class_name}"
-    trainer = make_trainer(cfg, data, out, title, logger, callbacks)
+    trainer = make_trainer(cfg, data, out, title, tracker, callbacks)
     device = trainer.strategy.root_device
 
     checkpoint = _resumable(cfg, out)
+    tracker.start([] if checkpoint is None else _history(checkpoint))
     if checkpoint is None:
-        detector.to(device).before_fit(data.prepared("train").to(device))
+        detector.to(device).seed_noise(stream(cfg.seed, "noise"))
+        if type(detector).before_fit is not Detector.before_fit:  # else nobody wants all images at once
+            detector.before_fit(data.prepared("train").to(device))
     else:
         log.info("%s: resuming", out)
     with warnings.catch_warnings():
@@ -304,8 +308,9 @@ def _make(cfg: DictConfig, identity: dict[str, Any], out: Path, callbacks: Seque
         warnings.filterwarnings("ignore", message=".*`training_step` returned `None`.*|.*log_every_n_steps.*")
         trainer.fit(detector, datamodule=data, ckpt_path=checkpoint, weights_only=True)
         detector.to(device).eval()
-        with torch.no_grad():
-            detector.after_fit(data.prepared("train").to(device))
+        if type(detector).after_fit is not Detector.after_fit:
+            with torch.no_grad():
+                detector.after_fit(data.prepared("train").to(device))
         trainer.save_checkpoint(out / "last.ckpt", weights_only=False)
         started = time.perf_counter()
         trainer.test(detector, datamodule=data, verbose=False)
@@ -334,7 +339,9 @@ def _make(cfg: DictConfig, identity: dict[str, Any], out: Path, callbacks: Seque
         "role": split.role,
         "image_shape": list(data.image_shape),
         "stored_shape": list(data.images.pixels.shape[1:]),
-        "metrics": metrics.evaluate(score, partition.test_truth, threshold=threshold)
+        "metrics": metrics.evaluate(
+            score, partition.test_truth, threshold=threshold, decided=detector.decisions_of("test")
+        )
         | {"threshold": threshold, "val_score": float(val_score.mean(dtype=np.float64))}
         | {"oracle_auroc": max(oracle, default=None)},
         "partition": {
@@ -360,6 +367,7 @@ def _make(cfg: DictConfig, identity: dict[str, Any], out: Path, callbacks: Seque
         "history": detector.history,
     }
     _draw(detector, data, score, result, out / "figures")
+    tracker.publish(result, out / "figures", arrays)  # before the run counts as done: a killed one shows it again
     write_json(out / "result.json", result)
     return result
 

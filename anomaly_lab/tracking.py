@@ -1,13 +1,419 @@
-"""Loggers. The run folder's files are the truth; trackers mirror them."""
+"""What a run shows of itself while it runs. The run folder's files are the truth; trackers mirror them.
+
+A tracker gets one row an epoch, the same rows that `Detector.history` keeps in the checkpoint. So a resumed run can
+show what an uninterrupted one would have shown: `Tracker.start` replays the epochs before the resume.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import os
+import shutil
+import struct
+import warnings
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from hydra.utils import instantiate
 from lightning.pytorch.loggers import CSVLogger, Logger
+from omegaconf import DictConfig, OmegaConf
+
+log = logging.getLogger(__name__)
 
 
-def csv_logger(out: Path, identity: dict[str, Any], resolved: dict[str, Any]) -> Logger:
-    """``metrics.csv`` in the run's folder, a row an epoch."""
-    return CSVLogger(out, name="", version="")
+class Tracker(Logger):
+    """Shows nothing, which is ``logger=none``; the base of those that show something.
+
+    Called in this order: `start`, `log_metrics` after each epoch, `publish` when the run's files are written, and
+    `close` however the run ended.
+    """
+
+    @property
+    def name(self) -> str | None:
+        return None
+
+    @property
+    def version(self) -> int | str | None:
+        return None
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the whole configuration was given at the start, and detectors keep no hyper-parameters."""
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
+        """One row an epoch, from the detector.
+
+        What Lightning sends by itself (``self.log``) is left out: its step counts every optimiser's steps, and as it
+        is not in the history, a resumed run could not show it again. ``Detector.record`` reaches trackers.
+        """
+        if "epoch" not in metrics:  # Lightning adds it to its own
+            assert step is not None
+            self.row(step, metrics)
+
+    def start(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Begin, with the rows of the epochs that are done already: none, or those of the checkpoint."""
+        for row in history:
+            self.row(int(row["epoch"]), {name: value for name, value in row.items() if name != "epoch"})
+
+    def row(self, epoch: int, values: Mapping[str, float]) -> None:
+        """Show what was measured in ``epoch``, counted from 1."""
+
+    def publish(self, result: Mapping[str, Any], figures: Path, scores: Mapping[str, np.ndarray]) -> None:
+        """Show the finished run: the content of result.json, the folder of its figures, the arrays of scores.npz."""
+
+    def close(self, exit_code: int) -> None:
+        """Let go of everything; 0 after a finished run."""
+
+
+@contextmanager
+def opened(cfg: DictConfig, out: Path, identity: Mapping[str, Any]) -> Iterator[Tracker]:
+    """The tracker ``cfg.logger`` describes, for the run in ``out``; closed when the block is left, in whatever way."""
+    resolved = OmegaConf.to_container(cfg, resolve=True)
+    tracker = instantiate(cfg.logger)(out, identity, resolved) if cfg.get("logger") else Tracker()
+    try:
+        yield tracker
+    except BaseException:
+        tracker.close(1)
+        raise
+    tracker.close(0)
+
+
+class Csv(Tracker):
+    """``metrics.csv`` in the run's folder, written anew at the start and then after each epoch."""
+
+    def __init__(self, out: Path, identity: Mapping[str, Any], resolved: Any) -> None:
+        super().__init__()
+        self._csv = CSVLogger(out, name="", version="", flush_logs_every_n_steps=1)
+
+    def start(self, history: Sequence[Mapping[str, float]]) -> None:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # it always does: .lock
+            _ = self._csv.experiment  # removes the file of an earlier attempt
+        super().start(history)
+
+    def row(self, epoch: int, values: Mapping[str, float]) -> None:
+        self._csv.log_metrics(dict(values), step=epoch)
+
+
+class TensorBoard(Tracker):
+    """TensorBoard events in the run's folder: scalars an epoch, then the test metrics, figures and configuration."""
+
+    def __init__(self, out: Path, identity: Mapping[str, Any], resolved: Any) -> None:
+        super().__init__()
+        self._out, self._resolved = out, resolved
+        self._writer: Any = None
+
+    def start(self, history: Sequence[Mapping[str, float]]) -> None:
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ModuleNotFoundError as error:
+            raise ValueError("logger=tensorboard needs TensorBoard: pip install tensorboard") from error
+        for earlier in self._out.glob("events.out.tfevents.*"):
+            earlier.unlink()
+        # A TensorBoard that has read the earlier events drops them: everything from this step on comes again.
+        self._writer = SummaryWriter(self._out, purge_step=0)
+        super().start(history)
+
+    def row(self, epoch: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._writer.add_scalar(name, value, epoch, new_style=True, double_precision=True)
+        self._writer.flush()
+
+    def publish(self, result: Mapping[str, Any], figures: Path, scores: Mapping[str, np.ndarray]) -> None:
+        from PIL import Image
+
+        epochs = result["epochs"]
+        for name, value in result["metrics"].items():
+            if value is not None:
+                self._writer.add_scalar(f"result/{name}", value, epochs, new_style=True, double_precision=True)
+        for path in sorted(figures.glob("*.png")):
+            with Image.open(path) as image:
+                pixels = np.asarray(image.convert("RGB"))
+            self._writer.add_image(f"figures/{path.stem}", pixels, epochs, dataformats="HWC")
+        yaml = OmegaConf.to_yaml(OmegaConf.create(self._resolved))
+        self._writer.add_text("config", "\n".join(f"    {line}" for line in yaml.splitlines()), epochs)
+
+    def close(self, exit_code: int) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+class Wandb(Tracker):
+    """The run on Weights & Biases, or in a folder that ``wandb sync`` uploads later.
+
+    The run's id is a hash of its identity and its group, so whatever is resumed or repeated stays one line of the
+    dashboard. wandb's own trouble never ends a run: it is one line of warning. Nothing is written outside the run's
+    folder, unless wandb's own environment variables say so. Each run ends wandb's background process, and with it
+    whatever else the same Python process records with wandb.
+
+    Args:
+        mode: online, offline, or auto: what WANDB_MODE says, else online if there is an API key and offline if not.
+        project, entity: where the run belongs; None leaves the entity to the API key.
+        group: runs shown together; None takes the experiment's name, or ``<model>/<dataset>/<split>``.
+        tags: besides the names of model, data set and split.
+        table_rows: the most images in the table of scores; a larger test set is sampled, always the same way.
+        artifact: whether to upload last.ckpt as the artifact ``<id>-checkpoint``.
+        init_timeout: seconds after which an unreachable server is given up and the run recorded offline.
+        finish_timeout: seconds the end of a run may wait for uploads; what is left stays in the folder.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        identity: Mapping[str, Any],
+        resolved: Any,
+        *,
+        mode: str = "auto",
+        project: str = "anomaly-lab",
+        entity: str | None = None,
+        group: str | None = None,
+        tags: Sequence[str] = (),
+        table_rows: int = 2000,
+        artifact: bool = False,
+        init_timeout: float = 30,
+        finish_timeout: float = 300,
+    ) -> None:
+        super().__init__()
+        if mode not in ("auto", "online", "offline"):
+            raise ValueError(f"logger.mode={mode}: choose auto, online or offline")
+        self._out = out.resolve()
+        self._mode = mode
+        self._table_rows, self._artifact = table_rows, artifact
+        kind = [identity[key] for key in ("model", "dataset", "split")]
+        group = group or resolved["choices"]["experiment"] or "/".join(kind)
+        self.id = hashlib.sha256(json.dumps([identity, group], sort_keys=True).encode()).hexdigest()[:16]
+        self._init_timeout, self._finish_timeout = init_timeout, finish_timeout
+        self._init: dict[str, Any] = {
+            "id": self.id,
+            "name": "/".join(self._out.parts[-5:]),  # model, data set, split, class, seed: as the folder says it
+            "project": project,
+            "entity": entity,
+            "group": group,
+            "tags": [*dict.fromkeys([*kind, *tags])],
+            "config": {**resolved, "identity": identity},
+            "dir": str(self._out),
+            "resume": "allow",
+            "reinit": "create_new",  # never the run that the surrounding program has opened
+        }
+        self._run: Any = None
+        self._broken = False  # wandb failed: nothing more is sent, but the run is still finished
+
+    @property
+    def name(self) -> str | None:
+        return str(self._init["project"])
+
+    @property
+    def version(self) -> str | None:
+        return self.id
+
+    def start(self, history: Sequence[Mapping[str, float]]) -> None:
+        with self._mirroring():
+            mode = self._chosen_mode()
+            if mode == "disabled":
+                return
+            self._run = self._begin(mode)
+            log.info("wandb: %s", Path(self._run.dir).parent if self._run.offline else self._run.url)
+            if not history and self._run.starting_step > 0:
+                log.warning(
+                    "wandb: run %s on the server holds %d epochs of an earlier run of the same identity, which stay; "
+                    "logger.group=NAME keeps the two apart",
+                    self.id,
+                    self._run.starting_step - 1,
+                )
+            # The history is shown whole, so recordings of earlier attempts say nothing more; synced after this one,
+            # they would replace it.
+            for folder in (self._out / "wandb").glob(f"offline-run-*-{self.id}"):
+                if folder != Path(self._run.dir).parent:
+                    shutil.rmtree(folder)
+        super().start(history)
+
+    def row(self, epoch: int, values: Mapping[str, float]) -> None:
+        with self._mirroring():
+            if self._sending and epoch >= self._run.starting_step:  # the server may know this epoch already
+                self._run.log({"epoch": epoch, **values}, step=epoch, commit=True)
+
+    def publish(self, result: Mapping[str, Any], figures: Path, scores: Mapping[str, np.ndarray]) -> None:
+        if not self._sending:
+            return
+        import wandb
+
+        with self._mirroring():
+            rows = np.arange(len(scores["score"]))
+            if len(rows) > self._table_rows:
+                rows = np.sort(np.random.default_rng(0).choice(rows, self._table_rows, replace=False))
+            columns = {"index": "index", "class": "label", "anomalous": "truth", "score": "score"}
+            data = zip(*(scores[key][rows].tolist() for key in columns.values()), strict=True)
+            media: dict[str, Any] = {"scores": wandb.Table(columns=list(columns), data=[list(row) for row in data])}
+            media |= {f"figures/{path.stem}": wandb.Image(str(path)) for path in sorted(figures.glob("*.png"))}
+            self._run.log(media, commit=True)
+            # Last: the rows above leave their own last values in the summary.
+            self._run.summary.update({k: v for k, v in result["metrics"].items() if v is not None})
+            own = ("epochs", "steps", "images_per_second", "peak_memory_mb", "partition")
+            seconds = {f"{what}_seconds": value for what, value in result["seconds"].items()}
+            self._run.summary.update({key: result[key] for key in own} | seconds)
+            if self._artifact:
+                artifact = wandb.Artifact(f"{self.id}-checkpoint", type="model", metadata=dict(result["identity"]))
+                artifact.add_file(str(self._out / "last.ckpt"), policy="immutable")
+                self._run.log_artifact(artifact)
+
+    def close(self, exit_code: int) -> None:
+        if self._run is None:
+            return
+        import wandb
+
+        with self._mirroring():
+            run, self._run = self._run, None
+            try:
+                run.finish(exit_code=exit_code)
+            finally:
+                # finish() returns before the recording is on disk; this waits for it. It also ends wandb's service,
+                # so that a broken one does not spoil the next run.
+                wandb.teardown()
+
+    @property
+    def _sending(self) -> bool:
+        return self._run is not None and not self._broken
+
+    def _chosen_mode(self) -> str:
+        import requests
+        import wandb
+
+        if self._mode == "offline":
+            return self._mode
+        settings = wandb.setup().settings  # environment variables and wandb's own files
+        if self._mode == "auto" and settings.mode not in ("online", "run", "shared"):
+            return "disabled" if settings.mode == "disabled" else "offline"
+        if settings.api_key or settings.identity_token_file or requests.utils.get_netrc_auth(settings.base_url):
+            return "online"
+        if self._mode == "online":
+            log.warning("wandb: no API key (wandb login); this run is recorded offline")
+        return "offline"
+
+    def _begin(self, mode: str) -> Any:
+        import wandb
+
+        before = set((self._out / "wandb").glob("*"))
+        if mode == "online":
+            settings = wandb.Settings(
+                console="off", init_timeout=self._init_timeout, finish_timeout=self._finish_timeout
+            )
+            try:
+                return wandb.init(**self._init, mode="online", settings=settings)
+            except Exception as error:
+                reason = str(error).splitlines()[0]
+                log.warning("wandb: no connection (%s); this run is recorded offline, for `wandb sync`", reason)
+            wandb.teardown()  # its service holds the id of the run that could not begin
+            for folder in set((self._out / "wandb").glob(f"run-*-{self.id}")) - before:
+                shutil.rmtree(folder)
+        settings = wandb.Settings(console="off", silent=True)
+        return wandb.init(**self._init, mode="offline", settings=settings)
+
+    @contextmanager
+    def _mirroring(self) -> Iterator[None]:
+        """wandb's files go into the run's folder, and its failure is a warning: the run goes on without it."""
+        home = self._out / "wandb"
+        # Tables and artifacts are staged in the data folder, from where they are uploaded.
+        given = {name: os.environ.get(name) for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR")}
+        for name, value in given.items():
+            os.environ[name] = value or str(home / name.split("_")[1].lower())
+        try:
+            yield
+        except Exception as error:
+            self._broken = True
+            log.warning("wandb: %s: %s; the run goes on without it", type(error).__name__, error)
+        finally:
+            for name, value in given.items():
+                if value is None:
+                    del os.environ[name]
+                else:
+                    os.environ[name] = value
+
+
+def read_offline(path: Path) -> dict[str, Any]:
+    """A wandb run as recorded on disk, without a server: what ``wandb sync`` would upload.
+
+    Args:
+        path: a ``.wandb`` file, a folder with one, or a run's folder: then the newest recording in its ``wandb/``.
+
+    Returns:
+        ``run`` (id, name, group, tags, project, entity), ``config``, ``summary``, ``history`` (a dict a row),
+        ``files`` (paths of the recorded files), ``artifacts`` (names) and ``exit_code`` (None if it never ended).
+
+    Raises:
+        ValueError: there is no recording, or it is damaged. The torn last record of a killed process is left out.
+    """
+    from wandb.proto import wandb_internal_pb2
+
+    path = Path(path)
+    if not path.is_file():
+        found = [*path.glob("run-*.wandb"), *path.glob("wandb/*run-*/run-*.wandb")]
+        if not found:
+            raise ValueError(f"{path}: no wandb recording (run-*.wandb) in it")
+        path = max(found, key=lambda file: file.stat().st_mtime)
+    recording: dict[str, Any] = {"run": {}, "config": {}, "summary": {}, "history": []}
+    recording |= {"files": [], "artifacts": [], "exit_code": None}
+    for content in _records(path):
+        record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]  # protobuf makes it when imported
+        record.ParseFromString(content)
+        kind = record.WhichOneof("record_type")
+        if kind == "run":
+            run = record.run
+            recording["run"] = {"id": run.run_id, "name": run.display_name, "group": run.run_group}
+            recording["run"] |= {"tags": list(run.tags), "project": run.project, "entity": run.entity}
+            _update(recording["config"], run.config.update)
+        elif kind == "config":
+            _update(recording["config"], record.config.update)
+        elif kind == "summary":
+            _update(recording["summary"], record.summary.update)
+        elif kind == "history":
+            row: dict[str, Any] = {}
+            _update(row, record.history.item)
+            recording["history"].append(row)
+        elif kind == "files":
+            root = path.parent / "files"
+            recording["files"] += [root / file.path for file in record.files.files]
+        elif kind == "artifact":
+            recording["artifacts"].append(record.artifact.name)
+        elif kind == "exit":
+            recording["exit_code"] = record.exit.exit_code
+    return recording
+
+
+def _update(values: dict[str, Any], items: Any) -> None:
+    for item in items:
+        *parents, last = list(item.nested_key) or [item.key]
+        inner = values
+        for parent in parents:
+            inner = inner.setdefault(parent, {})
+        inner[last] = json.loads(item.value_json)
+
+
+def _records(path: Path) -> Iterator[bytes]:
+    """The records of a .wandb file: LevelDB's log format, with zlib's CRC-32 and a header of seven bytes."""
+    block, head = 2**15, struct.Struct("<IHB")  # checksum, length, kind: 1 whole, 2 first, 3 middle, 4 last
+    raw = path.read_bytes()
+    if raw[:4] != b":W&B":
+        raise ValueError(f"{path}: not a wandb recording")
+    position, record = 7, b""
+    while position + head.size <= len(raw):
+        left = block - position % block
+        if left < head.size:  # too short for a record's head: padding
+            position += left
+            continue
+        checksum, length, kind = head.unpack_from(raw, position)
+        position += head.size
+        if position + length > len(raw):
+            return
+        part = raw[position : position + length]
+        position += length
+        if zlib.crc32(part, zlib.crc32(bytes([kind]))) != checksum:
+            raise ValueError(f"{path}: damaged before byte {position}")
+        record += part
+        if kind in (1, 4):
+            yield record
+            record = b""

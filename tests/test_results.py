@@ -207,7 +207,7 @@ def test_csv_of_something_else_is_refused(tmp_path: Path) -> None:
 def test_other_images_under_the_same_name_are_refused(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     runs.add(0.9, fingerprint="a" * 16)
     runs.add(0.9, model=SHARED, fingerprint="b" * 16)
-    assert results.main([str(runs.root)]) == 1
+    assert results.main([str(runs.root)]) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
     assert f"{AE}/mnist/official/n0/s0 (aaaaaaaaaaaaaaaa)" in error and f"{SHARED}/mnist/official/n0/s0" in error
@@ -481,9 +481,9 @@ def test_latex_is_escaped_and_balanced(page: Path) -> None:
 
 
 def test_report_without_finished_runs_says_so(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
-    assert results.main([str(runs.root)]) == 1
+    assert results.main([str(runs.root)]) == 2
     assert "no finished run under" in capsys.readouterr().err
-    assert results.main([str(runs.root / "nowhere")]) == 1
+    assert results.main([str(runs.root / "nowhere")]) == 2
     assert "is not a folder" in capsys.readouterr().err
 
 
@@ -525,6 +525,21 @@ def test_experiment_holds_its_own_runs_only(experiment: Path) -> None:
     assert len(frame) == 5 and set(frame["model"]) == {AE}
     assert "model.other" not in frame.columns
     assert frame["model.detector.latent_size"].tolist() == [16, 16, 8, 8, 32]
+
+
+def test_without_the_data_set_the_runs_recorded_under_the_name_are_reported(
+    experiment: Path, runs: Runs, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def no_data(name: str) -> Any:
+        raise ValueError("mnist could not be fetched")
+
+    arguments = [str(runs.root), "--experiment", "sizes", "--out", str(tmp_path / "again")]
+    assert results.main(arguments, no_data) == 0
+    shown = capsys.readouterr()
+    assert "only runs recorded under the name sizes" in shown.err and "of the grid" not in shown.out
+    assert set(results.read_csv(tmp_path / "again" / "results.csv")["model.detector.latent_size"]) == {8, 32}
+    assert results.main([*arguments, "--status"], no_data) == 2
+    assert results.main([str(runs.root), "--experiment", "unheard"], no_data) == 2
 
 
 def test_experiment_readme_comes_from_the_csv_alone(experiment: Path) -> None:

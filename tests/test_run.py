@@ -186,6 +186,7 @@ def test_half_a_file_is_never_left_behind(tmp_path: Path) -> None:
     ("overrides", "message"),
     [
         (["normal_class=12"], "no class 12"),
+        (["seed=abc"], "seed=abc: give a whole number"),
         (["split=official"], "no official test half"),
         (["split=one_abnormal", "normal_class=3"], "write abnormal_class=3"),
         (["abnormal_class=3"], "write normal_class=3"),

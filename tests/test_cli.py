@@ -1,0 +1,368 @@
+"""The console commands as a user meets them: what they print, what they exit with, one line for every mistake."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+from anomaly_lab import cli, config
+
+TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 trainer.progress=false"
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[[str], Said]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def lab(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
+    """``anomaly-lab`` in this process (every other one would import torch anew), in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ANOMALY_LAB_DATA", str(data))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it; put back afterwards
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def command(words: str) -> Said:
+        monkeypatch.setattr(sys, "argv", ["anomaly-lab", *shlex.split(words)])
+        try:
+            cli.train()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+        return Said(code, *capfd.readouterr())
+
+    yield command
+    root.handlers[:], root.level = handlers, level  # Hydra's write to a screen that is gone
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("model=typo", "there is no model=typo: choose among autoencoder, "),
+        ("-m seed=0,1 model=ede,typo", "there is no model=typo: choose among"),
+        ("experiment=typo", "there is no experiment=typo: choose among jia2022_cifar10,"),
+        ("hydra/launcher=typo", "there is no hydra/launcher=typo: choose among basic"),
+        ("typo=1", "typo cannot be set"),
+        ("model.detector.widht=1", "model.detector.widht cannot be set"),
+        ("seed", "seed is no key=value"),
+        ("'normal_class=range(0,3)'", "normal_class=range(0,3) asks for several runs: add -m"),
+        ("normal_class=0,1", "normal_class=0,1 asks for several runs: add -m"),
+        ("experiment=jia2022_mnist_small seed=0", "is a grid of runs: add -m, or ask for one of them with model=..."),
+        ("--config-dir elsewhere", "go into the folder that ANOMALY_LAB_CONF names"),
+        ("normal_class=ten", "no class 'ten': choose name or index among 0 (0), 1 (1)"),
+        ("normal_class=10", "no class 10: choose"),
+        ("split=official", "digits has no official test half: use split=pooled or split=one_abnormal"),
+        ("split=one_abnormal normal_class=3", "write abnormal_class=3"),
+        ("abnormal_class=3", "write normal_class=3"),
+        ("split.contamination.rate=2", "contamination rate 2 must be at least 0 and below 1"),
+        ("dataset=npz", "dataset.name has no value: give dataset.name=..."),
+        ("dataset=npz dataset.name=mine dataset.path=mine.npz", "dataset.path=mine.npz is not there"),
+        ("dataset=image_folder dataset.name=mine dataset.path=mine", "dataset.path=mine is not a folder"),
+        ("+model.detector.typo=1", "unexpected keyword argument 'typo'"),
+        ("model.detector._target_=anomaly_lab.typo.Typo", "Error locating target 'anomaly_lab.typo.Typo'"),
+        ("model.budget.steps=3", "give model.budget either epochs or steps"),
+        ("trainer.accelerator=abacus", "You selected an invalid accelerator name"),
+    ],
+)
+def test_a_mistake_gets_one_line(lab: Command, words: str, message: str) -> None:
+    code, out, err = lab(words)
+    assert (code, out) == (cli.MISTAKE, "")
+    assert err.startswith("anomaly-lab: error: ") and err.count("\n") == 1
+    assert message in err
+
+
+def test_one_run_prints_its_result_and_a_second_call_only_reads_it(lab: Command) -> None:
+    code, out, _ = lab(TINY)
+    assert code == 0
+    shown = dict(re.split(r"  +", line, maxsplit=1) for line in out.splitlines())
+    result_path = Path(shown["result"])
+    result = json.loads(result_path.read_text())
+    assert shown["AUROC"].startswith(f"{result['metrics']['auroc']:.3f}  (95 % interval ")
+    assert shown["data"] == "digits, split pooled, normal class 0"
+    assert shown["balanced accuracy"] == "n/a"  # 14 held-out normals are too few for a threshold
+    assert "roc.png" in shown["figures"]
+    before = result_path.stat().st_mtime_ns
+    again = lab(TINY)
+    assert again == (0, out, "")
+    assert result_path.stat().st_mtime_ns == before
+
+    # It is read and printed without torch, whose import takes seconds.
+    command = f"sys.argv = {['anomaly-lab', *shlex.split(TINY)]}; cli.train(); assert 'torch' not in sys.modules"
+    quick = [sys.executable, "-c", f"import sys; from anomaly_lab import cli; {command}"]
+    assert subprocess.run(quick, capture_output=True, text=True, check=True).stdout == out
+
+    assert lab(f"--dry-run {TINY} trainer.watch_test=true").out.startswith("missing ")
+    result["metrics"]["oracle_auroc"] = 0.98765
+    result_path.write_text(json.dumps(result))
+    assert re.search(r"^oracle AUROC +0\.988  \(best epoch on the test labels: not a result\)$", lab(TINY).out, re.M)
+
+
+def test_a_sweep_goes_on_after_a_failure_counts_it_and_tries_it_again(lab: Command) -> None:
+    grid = f"-m {TINY} normal_class=0,99 model.detector.optimizer.lr=1e-4,1e30"
+    code, out, err = lab(grid)
+    assert code == cli.FAILED
+    first, *_, counts, advice = out.splitlines()
+    assert re.fullmatch(
+        r"shared_ae_small  digits  pooled  normal 0  seed 0  AUROC \d\.\d{3}  \d+ s  .*lr=0\.0001.*", first
+    )
+    assert counts == "4 runs: 1 done, 3 failed" and "tries again" in advice
+    assert sum(line.startswith("failed: ") for line in err.splitlines()) == 3
+    assert "training diverged" in err and "no class 99" in err and "Traceback" not in err
+    summary = [line for line in out.splitlines() if line.startswith("failed  ")]
+    assert [line.count("normal_class=99 model.detector.optimizer.lr=") for line in summary] == [0, 1, 1]
+
+    [failure], [result] = Path("runs").rglob("failure.json"), Path("runs").rglob("result.json")
+    assert json.loads(failure.read_text())["error"].startswith("Diverged: training diverged")
+    done_at = result.stat().st_mtime_ns
+    failure.write_text("{}")
+    again = lab(grid)
+    assert again.code == cli.FAILED and again.out.startswith(f"{first}  (done before)\n")
+    assert json.loads(failure.read_text())["error"].startswith("Diverged"), "the failed run was not tried again"
+    assert result.stat().st_mtime_ns == done_at
+
+
+def test_a_diverged_run_is_a_failure_not_a_mistake(lab: Command) -> None:
+    code, out, err = lab(f"{TINY} model.detector.optimizer.lr=1e30")
+    assert (code, out) == (cli.FAILED, "")
+    assert err.startswith("anomaly-lab: error: training diverged") and err.count("\n") == 1
+
+
+@pytest.mark.parametrize("sweep", ["", "-m "], ids=["one run", "sweep"])
+def test_a_fault_of_ours_keeps_its_traceback(lab: Command, monkeypatch: pytest.MonkeyPatch, sweep: str) -> None:
+    def broken(cfg: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr("anomaly_lab.run.run", broken)
+    code, _, err = lab(f"{sweep}{TINY}")
+    assert code == cli.FAILED
+    assert "Traceback" in err and "in broken" in err and "RuntimeError: a fault" in err
+
+
+@pytest.mark.parametrize("sweep", ["", "-m "], ids=["one run", "sweep"])
+def test_ctrl_c_ends_the_command_and_says_how_to_go_on(
+    lab: Command, monkeypatch: pytest.MonkeyPatch, sweep: str
+) -> None:
+    def interrupted(cfg: object) -> None:
+        try:
+            raise KeyboardInterrupt
+        except KeyboardInterrupt:
+            sys.exit(1)  # as Lightning does in the middle of training
+
+    monkeypatch.setattr("anomaly_lab.run.run", interrupted)
+    code, _, err = lab(f"{sweep}{TINY}")
+    assert code == cli.INTERRUPTED
+    assert err == "interrupted: the same command goes on after the last whole epoch\n"
+
+
+def test_a_run_that_another_process_makes_is_left_to_it(lab: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("anomaly_lab.run.run", lambda cfg: None)
+    assert "left to the process that is busy with it: runs/shared_ae_small" in lab(TINY).err
+
+
+def test_a_dry_run_counts_estimates_and_does_nothing(lab: Command) -> None:
+    code, out, err = lab(f"-m {TINY} normal_class=0,1")
+    assert (code, err) == (0, "")
+    assert [line.split("  ")[3] for line in out.splitlines()[:2]] == ["normal 0", "normal 1"]
+    assert out.splitlines()[2:] == ["2 runs: 2 done"]
+    for result in Path("runs").rglob("result.json"):
+        content = json.loads(result.read_text())
+        result.write_text(json.dumps(content | {"seconds": {"fit": 100.0, "score": 20.0}}))
+    before = sorted(Path().rglob("*"))
+
+    code, out, _ = lab(f"--dry-run -m {TINY} normal_class=0,1,2,3")
+    *todo, counts = out.splitlines()
+    assert code == 0
+    assert [line.split()[0] for line in todo] == ["missing", "missing"] and "/n2/" in todo[0] and "/n3/" in todo[1]
+    assert counts == "4 runs: 2 done, 2 to do; about 4 minutes one after another"
+
+    code, out, _ = lab(f"{TINY} seed=0,1 model=shared_ae_small,ede_small --dry-run")
+    assert out.splitlines()[-1] == (
+        "4 runs: 1 done, 3 to do; about 2 minutes one after another for 1 of them; "
+        "no finished run tells how long 2 of them take"
+    )
+
+    code, out, _ = lab(f"--dry-run {TINY} normal_class=0,99")
+    assert code == cli.MISTAKE
+    assert out.splitlines()[0].startswith("impossible  normal_class=99  split=pooled of digits has no class 99")
+    assert out.splitlines()[-1].startswith("2 runs: 1 done, 0 to do, 1 impossible")
+    assert sorted(Path().rglob("*")) == before
+
+
+def test_a_dry_run_reads_an_experiments_grid(lab: Command) -> None:
+    words = (
+        "--dry-run -m experiment=jia2022_mnist_small dataset=digits split=pooled 'normal_class=range(0,2)' model=ede"
+    )
+    assert lab(words).out.splitlines()[-1].startswith("2 runs: 0 done, 2 to do")
+
+
+def test_help_shows_groups_and_commands_and_needs_nothing_heavy() -> None:
+    code = (
+        "import sys\nfrom anomaly_lab import cli\nsys.argv = ['anomaly-lab', '--help']\n"
+        "try: cli.train()\n"
+        "finally: print(sorted({'torch', 'lightning', 'pandas', 'matplotlib', 'scipy'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert out.endswith("[]\n")
+    for group in ("model", "dataset", "split"):
+        [line] = re.findall(rf"^{group}: (.+)$", out, re.M)
+        # Below a group's folder may lie nothing but its choices.
+        assert line.split(", ") == sorted(path.stem for path in (config.CONFIG_DIR / group).glob("*.yaml"))
+    assert "anomaly-lab -m experiment=" in out and "--dry-run" in out
+    assert max(len(line) for line in out.splitlines() if ": " not in line) <= 120
+
+
+def test_the_commands_that_help_shows_compose() -> None:
+    shown = (config.CONFIG_DIR / "train.yaml").read_text()
+    commands = re.findall(r"^ +anomaly-lab ((?:\S+ )*\S+)", shown, re.M)
+    assert len(commands) >= 3
+    for command in commands:
+        assert config.jobs([word for word in shlex.split(command) if not word.startswith("-")])
+
+
+PROBE = '''
+import os, time
+from pathlib import Path
+import torch
+from anomaly_lab.detector import Detector
+
+class Probe(Detector):
+    """Waits for a second process that does the same, so the two have run side by side."""
+
+    def before_fit(self, images):
+        here = Path(os.environ["PROBES"])
+        (here / str(os.getpid())).write_text(str(torch.get_num_threads()))
+        end = time.monotonic() + 120
+        while len(list(here.iterdir())) < 2:
+            assert time.monotonic() < end, "no second process"
+            time.sleep(0.1)
+
+    def score(self, x):
+        return x.mean((1, 2, 3))
+'''
+
+PROBE_YAML = """
+detector: {_target_: probe.Probe, optimizer: null}
+budget: {epochs: 1, steps: null, epoch_steps: 1}
+batch_size: 64
+input: {size: 8, fit: pad, range: [0, 1], channels: null}
+"""
+
+
+@pytest.mark.slow
+def test_the_parallel_launcher_runs_jobs_in_processes_that_share_the_cores(tmp_path: Path, data: Path) -> None:
+    pytest.importorskip(
+        "hydra_plugins.hydra_joblib_launcher", reason="needs the extra: pip install anomaly-lab[parallel]"
+    )
+    probes, configs = tmp_path / "probes", tmp_path / "conf" / "model"
+    probes.mkdir()
+    configs.mkdir(parents=True)
+    (tmp_path / "probe.py").write_text(PROBE)
+    (configs / "probe.yaml").write_text(PROBE_YAML)
+    environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")} | {
+        "PYTHONPATH": str(tmp_path),
+        "PROBES": str(probes),
+        "ANOMALY_LAB_DATA": str(data),
+        config.EXTRA_CONFIGS: str(tmp_path / "conf"),
+    }
+    words = ["-m", "hydra/launcher=parallel", "model=probe", "seed=0,1", "trainer.progress=false"]
+    code = "import sys; from anomaly_lab.cli import train; sys.argv[0] = 'anomaly-lab'; train()"
+    done = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.endswith("2 runs: 2 done\n")
+    threads = [int(path.read_text()) for path in probes.iterdir()]
+    assert threads == [max(1, len(os.sched_getaffinity(0)) // 2)] * 2
+
+
+# anomaly-lab-data -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def lab_data(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[[str], Said]:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("ANOMALY_LAB_DATA", raising=False)
+
+    def command(words: str) -> Said:
+        try:
+            code = cli.data(shlex.split(words))
+        except SystemExit as end:
+            code = int(end.code or 0)
+        return Said(code, *capsys.readouterr())
+
+    return command
+
+
+def test_data_sets_are_downloaded_listed_and_checked(lab_data: Command) -> None:
+    listed = {line.split()[0]: line for line in lab_data("list").out.splitlines()}
+    assert set(listed) == {path.stem for path in (config.CONFIG_DIR / "dataset").glob("*.yaml")}
+    assert re.search(r"not there +data/digits\.npz  anomaly-lab-data download digits$", listed["digits"])
+    assert listed["npz"].endswith("yours: give dataset.name=... and dataset.path=...")
+
+    assert lab_data("check digits").code == cli.MISTAKE
+    assert lab_data("download digits") == (0, "digits: ready in data/digits.npz\n", "")
+    assert lab_data("check digits").out.startswith("digits: 1797 images of 1x8x8, 10 classes")
+    assert re.search(r"^digits +ready +data/digits\.npz$", lab_data("list").out, re.M)
+    assert re.search(r"^digits +not there +else/digits\.npz", lab_data("list data_dir=else").out, re.M)
+
+
+def test_a_data_set_of_ones_own_is_checked(lab_data: Command) -> None:
+    arrays = {"images": np.zeros((4, 1, 2, 2), np.uint8), "labels": np.arange(4), "is_test": np.zeros(4, bool)}
+    np.savez("mine.npz", class_names=np.array(list("abcd")), **arrays)
+    said = lab_data("check npz dataset.name=mine dataset.path=mine.npz")
+    assert said.code == 0 and said.out.startswith("mine: 4 images of 1x2x2, 4 classes")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("check typo", "there is no dataset=typo: choose among cifar10, "),
+        ("check npz", "npz is your own data set: give dataset.name=... and dataset.path=..."),
+        ("check image_folder dataset.name=x", "image_folder is your own data set: give dataset.path=..."),
+        ("check npz dataset.name=x dataset.path=no.npz", "no.npz is not there"),
+        ("check digits dataset.typo=1", "dataset.typo cannot be set"),
+        ("check digits", "data/digits.npz is not there or is stale: run `anomaly-lab-data download digits`"),
+        ("check data_dir=here", "name a data set"),
+        ("list digits", "list takes no names, got digits"),
+    ],
+)
+def test_a_mistake_about_data_gets_one_line(lab_data: Command, words: str, message: str) -> None:
+    code, out, err = lab_data(words)
+    assert (code, out) == (cli.MISTAKE, "")
+    assert err.startswith("anomaly-lab-data: error: ") and err.count("\n") == 1
+    assert message in err
+
+
+def test_one_data_set_that_fails_does_not_keep_the_others(lab_data: Command) -> None:
+    Path("data").mkdir()
+    Path("data/mnist.npz").write_bytes(b"not an archive")
+    code, out, err = lab_data("download mnist digits")
+    assert code == cli.MISTAKE
+    assert out == "digits: ready in data/digits.npz\n"
+    assert "data/mnist.npz is damaged or unreadable" in err

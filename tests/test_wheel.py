@@ -1,0 +1,90 @@
+"""The wheel as a stranger gets it: built, installed beside its dependencies, used from another folder."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import sysconfig
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+
+
+def done(*command: str | Path, **options: object) -> str:
+    """What a command prints; an error with all it printed where it fails."""
+    # Neither PYTHONPATH nor the working directory may show it the checkout.
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "ANOMALY_LAB"))}
+    finished = subprocess.run(command, capture_output=True, text=True, env=environment, **options)  # type: ignore[call-overload]
+    assert finished.returncode == 0, finished.stdout + finished.stderr
+    return finished.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("hatchling", reason="hatchling is not installed: pip install hatchling")
+    pytest.importorskip("pip", reason="pip is not installed")
+    folder = tmp_path_factory.mktemp("wheel")
+    without_network = ("--no-deps", "--no-build-isolation", "--no-index", "--disable-pip-version-check")
+    done(sys.executable, "-m", "pip", "wheel", ".", *without_network, "--wheel-dir", folder, cwd=ROOT)
+    [built] = folder.glob("anomaly_lab-*.whl")
+    return built
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The ``bin`` of an environment that holds the wheel and sees the dependencies installed here."""
+    venv = tmp_path_factory.mktemp("venv")
+    done(sys.executable, "-m", "venv", "--without-pip", venv)
+    python = venv / "bin" / "python"
+    offline = ("--no-deps", "--no-index", "--disable-pip-version-check")
+    done(sys.executable, "-m", "pip", "--python", python, "install", *offline, wheel)
+    # A plain path: the .pth files of an editable install in that folder are not read.
+    [packages] = venv.glob("lib/python*/site-packages")
+    (packages / "dependencies.pth").write_text(
+        "\n".join(dict.fromkeys([sysconfig.get_path("purelib"), sysconfig.get_path("platlib")]))
+    )
+    return python.parent
+
+
+def test_the_wheel_holds_what_the_code_reads(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+    configs = {f"anomaly_lab/{path.relative_to(ROOT)}" for path in (ROOT / "conf").rglob("*.yaml")}
+    modules = {str(path.relative_to(ROOT)) for path in (ROOT / "anomaly_lab").rglob("*.py")}
+    data = {"anomaly_lab/published.csv"} | {
+        str(path.relative_to(ROOT)) for path in (ROOT / "anomaly_lab" / "templates").iterdir()
+    }
+    assert len(configs) > 20 and len(data) > 1
+    assert not (configs | modules | data) - names
+    strangers = {name.split("/")[0] for name in names if not name.startswith("anomaly_lab")}
+    assert not strangers, "the wheel would install more than the package"
+
+
+def test_the_installed_commands_work_from_anywhere(installed: Path, tmp_path: Path) -> None:
+    shown = done(installed / "anomaly-lab", "--help", cwd=tmp_path)
+    choices = sorted(path.stem for path in (ROOT / "conf" / "model").glob("*.yaml"))
+    assert f"model: {', '.join(choices)}\n" in shown
+    listed = done(installed / "anomaly-lab-data", "list", cwd=tmp_path)
+    assert "anomaly-lab-data download digits" in listed
+    for command in ("anomaly-lab-report", "anomaly-lab-score"):
+        assert done(installed / command, "--help", cwd=tmp_path).startswith(f"usage: {command}")
+
+
+def test_the_installed_package_reads_its_own_configs(installed: Path, tmp_path: Path) -> None:
+    code = (
+        "import json, anomaly_lab\n"
+        "from anomaly_lab import config, results\n"
+        "cfg = config.compose(['model=autoencoder_small', 'experiment=jia2022_mnist_small'])\n"
+        "figures = results.published('shared_ae', 'mnist', 'official')\n"
+        "print(json.dumps([anomaly_lab.__file__, str(config.CONFIG_DIR), cfg.choices.model, len(figures)]))"
+    )
+    file, conf, model, figures = json.loads(done(installed / "python", "-c", code, cwd=tmp_path))
+    packages = installed.parent
+    assert Path(file).is_relative_to(packages), "not the wheel's package"
+    assert Path(conf).is_relative_to(packages) and Path(conf) == Path(file).parent / "conf"
+    assert model == "autoencoder_small" and figures > 0
