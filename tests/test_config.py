@@ -128,7 +128,7 @@ ALLOWED = {
     "tracking": set(),
     "results": {"metrics"},
     "run": {"config", "data", "detector", "figures", "metrics", "tracking"},
-    "predict": {"config", "data", "detector", "run"},
+    "predict": {"config", "data", "datasets", "detector", "run"},
     "cli": {"config"},
     "__init__": set(),
 }
