@@ -33,6 +33,9 @@ def train() -> None:
     dry = DRY_RUN in sys.argv
     sys.argv[1:] = [word for word in sys.argv[1:] if word != DRY_RUN]
     asked = get_args_parser().parse_args(sys.argv[1:])
+    # OpenMP's threads spin while they wait; where cores are shared with other processes that makes steps many times
+    # slower. Read when torch is loaded, and inherited by a launcher's workers.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as exceptions, not as pages of Hydra's own
     for name in ("hydra", "hydra_plugins"):
         logging.getLogger(name).setLevel(logging.WARNING)  # a sweep prints a line a run, not two more of the launcher
