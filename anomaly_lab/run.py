@@ -12,6 +12,7 @@ import os
 import platform
 import resource
 import subprocess
+import sys
 import time
 import traceback
 import warnings
@@ -90,7 +91,8 @@ class _Progress(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         steps = len(trainer.fit_loop._data_source.dataloader())
         assert trainer.max_epochs is not None
-        self._bar = tqdm(total=trainer.max_epochs * steps, desc=self._title, unit="step", mininterval=0.5)
+        quiet = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
+        self._bar = tqdm(total=trainer.max_epochs * steps, desc=self._title, unit="step", mininterval=quiet)
         self._bar.update(int(pl_module.epochs_done) * steps)  # type: ignore[arg-type]
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
