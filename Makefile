@@ -20,7 +20,7 @@ demo: install ## train the default run on the embedded digits, then show the tab
 	$(BIN)/anomaly-lab
 	$(BIN)/anomaly-lab-report runs
 
-test: install ## run the tests; real data in ANOMALY_LAB_DATA, Slurm and a GPU are used where they are there
+test: install ## run the tests; real data in ANOMALY_LAB_DATA and a GPU are used where they are there
 	$(BIN)/python -m pytest
 
 lint: install ## ruff and mypy

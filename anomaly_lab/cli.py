@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 DRY_RUN = "--dry-run"
 
-DONE, FAILED, MISTAKE, INTERRUPTED = 0, 1, 2, 130
-"""Exit codes: everything asked for is there; a run failed or is left; the command itself is wrong; Ctrl-C."""
+DONE, FAILED, MISTAKE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+"""Exit codes: everything asked for is there; a run failed or is left; the command itself is wrong; Ctrl-C; SIGTERM."""
 
 
 def train() -> None:
@@ -51,6 +51,9 @@ def train() -> None:
         if asked.multirun:
             sys.exit(_summary(asked.overrides))
     except (KeyboardInterrupt, SystemExit) as end:
+        if type(end).__name__ == "SIGTERMException":  # Lightning's, a SystemExit without a code
+            print("terminated: the same command goes on after the last whole epoch", file=sys.stderr)
+            sys.exit(TERMINATED)
         # In the middle of training Lightning makes a SystemExit of Ctrl-C.
         if not isinstance(end, KeyboardInterrupt) and not isinstance(end.__context__, KeyboardInterrupt):
             raise
@@ -187,6 +190,12 @@ def _print_result(result: Mapping[str, Any], out: Path) -> None:
         ("FPR at 95 % TPR", measured["fpr95"]),
         ("balanced accuracy", measured["balanced_accuracy"]),
     ]
+    if result["metrics"]["balanced_accuracy"] is None:
+        held_out = result["partition"]["val"]
+        rows[-1] = (
+            "balanced accuracy",
+            f"n/a  ({held_out} held-out normals are too few for a threshold: 20 are needed)",
+        )
     if result["metrics"]["oracle_auroc"] is not None:
         rows.append(("oracle AUROC", f"{measured['oracle_auroc']}  (best epoch on the test labels: not a result)"))
     pictures = sorted(path.name for path in (out / "figures").glob("*.png"))

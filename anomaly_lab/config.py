@@ -134,11 +134,39 @@ def _defaults(choices: tuple[tuple[str, str], ...]) -> dict[str, Any]:
     return _identity_keys(compose([f"{group}={choice}" for group, choice in choices]))
 
 
+def settings(cfg: DictConfig) -> dict[str, Any]:
+    """Every key that can change a result with its value, and the checksum of the images: kept with what was made."""
+    return _identity_keys(cfg) | {"images": load_images(cfg).sha256}
+
+
+def refuse_other_settings(kept: Mapping[str, Any], cfg: DictConfig, place: Path) -> None:
+    """A run's name follows from the defaults of its groups; whoever edits those must not get the old result.
+
+    Raises:
+        ValueError: what lies in ``place`` was made with other settings.
+    """
+    now = json.loads(json.dumps(settings(cfg)))
+    differing = sorted(key for key in kept.keys() | now.keys() if kept.get(key) != now.get(key))
+    if differing:
+        some = ", ".join(f"{key}={kept.get(key)} (now {now.get(key)})" for key in differing[:3])
+        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+        raise ValueError(
+            f"{place} was made with {some}{more}: delete that folder to make it anew, "
+            "or give the model or the data another name"
+        )
+
+
 def changed(cfg: DictConfig) -> dict[str, Any]:
     """Every key that can change a result and differs from the defaults of the chosen groups; empty for a plain run."""
     own = _identity_keys(cfg)
     default = _defaults(tuple((group, cfg.choices[group]) for group in GROUPS))
-    return {key: own.get(key) for key in sorted(own.keys() | default.keys()) if own.get(key) != default.get(key)}
+    differing = (key for key in sorted(own.keys() | default.keys()) if own.get(key) != default.get(key))
+    return {key: _plain(own.get(key)) for key in differing}
+
+
+def _plain(value: Any) -> Any:
+    """2.0 as 2: written either way on the command line, it is the same number and must be the same run."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 @functools.lru_cache(maxsize=4)
@@ -161,8 +189,17 @@ def target(cfg: DictConfig) -> int:
     role, other = ("normal_class", "abnormal_class")[:: 1 if split.role == "normal" else -1]
     if cfg[other] is not None:
         raise ValueError(f"split={cfg.choices.split} names the {split.role} class: write {role}={cfg[other]}")
-    images = load_images(cfg)
-    return int(split.targets(images)[0] if cfg[role] is None else split.resolve(images, cfg[role]))
+    images, named = load_images(cfg), cfg[role]
+    if named is None:
+        return int(split.targets(images)[0])
+    index = int(split.resolve(images, named))
+    classes = split.classes(images)
+    if type(named) is int and str(named) in classes and classes[index] != str(named):
+        raise ValueError(
+            f"{role}={named} is the name of class {classes.index(str(named))} and the index of class {classes[index]}: "
+            f"""write {role}="'{named}'" or {role}={classes[index]}"""
+        )
+    return index
 
 
 def identity(cfg: DictConfig) -> dict[str, Any]:
@@ -171,7 +208,7 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
     Raises:
         ValueError: see `target`; or a seed that is no whole number.
     """
-    if not isinstance(cfg.seed, int) or cfg.seed < 0:
+    if type(cfg.seed) is not int or cfg.seed < 0:
         raise ValueError(f"seed={cfg.seed}: give a whole number from 0")
     return {
         "model": cfg.choices.model,
@@ -197,17 +234,19 @@ def finished(cfg: DictConfig) -> dict[str, Any] | None:
     """The ``result.json`` of the run that ``cfg`` describes; None where it is still to be made.
 
     Raises:
-        ValueError: the file is damaged.
+        ValueError: the file is damaged, or made from other defaults than today's.
     """
     path = run_dir(cfg) / "result.json"
     if not path.is_file():
         return None
     try:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        settings_then, oracle = result["settings"], result["metrics"]["oracle_auroc"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it and start the run again") from error
+    refuse_other_settings(settings_then, cfg, path.parent)
     # trainer.watch_test changes no score, so it is no part of the identity; but what was not watched must be made.
-    return None if cfg.trainer.watch_test and result["metrics"]["oracle_auroc"] is None else result
+    return None if cfg.trainer.watch_test and oracle is None else result
 
 
 def expected_runs(experiment: str, overrides: Sequence[str] = ()) -> list[tuple[dict[str, Any], Path]]:

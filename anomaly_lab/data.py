@@ -5,7 +5,7 @@ Legend of the shape comments: N images of a set, B in a batch, C channels, S = s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -49,8 +49,7 @@ class Prepare:
     def __call__(self, pixels: Tensor) -> Tensor:
         x = pixels.float()
         if self.channels == 1 and x.shape[1] == 3:
-            weights = x.new_tensor([0.299, 0.587, 0.114])
-            x = (x * weights[:, None, None]).sum(1, keepdim=True)
+            x = 0.299 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
         elif self.channels == 3 and x.shape[1] == 1:
             x = x.expand(-1, 3, -1, -1)
         height, width = x.shape[-2:]
@@ -68,7 +67,7 @@ class Prepare:
     def _resize(x: Tensor, height: int, width: int) -> Tensor:
         if x.shape[-2:] == (height, width):
             return x
-        return F.interpolate(x, (height, width), mode="bilinear", antialias=height < x.shape[-2])
+        return F.interpolate(x, (height, width), mode="bilinear", antialias=height < x.shape[-2] or width < x.shape[-1])
 
     def shape(self, pixels: np.ndarray) -> tuple[int, int, int]:
         """(C',S,S) of what becomes of uint8 ``pixels`` (N,C,H,W)."""
@@ -86,7 +85,7 @@ class Loader:
     Args:
         pixels: uint8 (N,C,H,W), on the device where it fits, else in host memory.
         truth: uint8 (N,). index: int64 (N,), positions in the whole data set.
-        order: positions in the order of the coming epoch; None goes straight through.
+        order: positions (n,) in the order they come; None goes straight through.
         drop_last: leave out the last incomplete batch, unless it is the only one (batch norm needs company).
     """
 
@@ -98,28 +97,27 @@ class Loader:
         prepare: Prepare,
         batch_size: int,
         device: torch.device,
-        order: Callable[[], Tensor] | None = None,
+        order: Tensor | None = None,
         drop_last: bool = False,
     ) -> None:
         self.pixels, self.truth, self.index = pixels, truth, index
         self._prepare, self._batch_size, self._device = prepare, batch_size, device
-        self._order, self._drop_last = order, drop_last
+        self._order = (torch.arange(len(pixels)) if order is None else order).to(pixels.device)
+        self._drop_last = drop_last
 
     def _lengths(self, images: int) -> list[int]:
         full, rest = divmod(images, self._batch_size)
         return [self._batch_size] * full + ([rest] if rest and not (self._drop_last and full) else [])
 
     def __len__(self) -> int:
-        return len(self._lengths(len(self.pixels) if self._order is None else len(self._order())))
+        return len(self._lengths(len(self._order)))
 
     def __iter__(self) -> Iterator[Batch]:
-        order = torch.arange(len(self.pixels)) if self._order is None else self._order()
-        order = order.to(self.pixels.device)
         start = 0
-        for length in self._lengths(len(order)):
-            chosen = order[start : start + length]
+        for length in self._lengths(len(self._order)):
+            chosen = self._order[start : start + length]
             start += length
-            pixels = self.pixels[chosen].to(self._device, non_blocking=True)
+            pixels = self.pixels[chosen].to(self._device)
             yield Batch(
                 self._prepare(pixels),
                 self.truth[chosen].to(self._device),
@@ -188,7 +186,7 @@ class OneClassData(LightningDataModule):
             pixels = torch.from_numpy(self.images.pixels[index])
             if device.type == "cuda":
                 roomy = pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-                pixels = pixels.to(device) if roomy else pixels.pin_memory()
+                pixels = pixels.to(device) if roomy else pixels
             where = pixels.device
             self._loaders[name, device] = (
                 pixels,
@@ -222,8 +220,9 @@ class OneClassData(LightningDataModule):
         return order if passes == 1 else order[: self._epoch_steps * self._batch_size]
 
     def train_dataloader(self) -> Loader:
+        """The coming epoch: a trainer has to ask anew for every one (``reload_dataloaders_every_n_epochs=1``)."""
         part = self.part("train", self._device())
-        return Loader(*part, self.prepare, self._batch_size, self._device(), order=self._order, drop_last=True)
+        return Loader(*part, self.prepare, self._batch_size, self._device(), order=self._order(), drop_last=True)
 
     def val_dataloader(self) -> list[Loader]:
         """The held-out normals; behind them, with ``watch_test``, the test images."""

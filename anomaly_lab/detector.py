@@ -82,9 +82,6 @@ class Detector(LightningModule, ABC):
 
     Args:
         image_shape: (C,H,W) of the images the networks will see; given by the run, not by the yaml.
-        optimizer: makes the optimiser of one player from its parameters; or a mapping, one factory a player.
-        scheduler: makes the learning-rate schedule of an optimiser, stepped once an epoch; None keeps the rate.
-        clip: largest L2 norm of one player's gradient; None does not clip.
     """
 
     automatic_optimization = False  # every method: Lightning's own loop knows one loss a step
@@ -92,22 +89,18 @@ class Detector(LightningModule, ABC):
     steps_done: Tensor
     images_seen: Tensor
 
-    def __init__(
-        self,
-        image_shape: Sequence[int],
-        optimizer: OptimizerFactory | Mapping[str, OptimizerFactory],
-        scheduler: SchedulerFactory | None = None,
-        clip: float | None = None,
-    ) -> None:
+    def __init__(self, image_shape: Sequence[int]) -> None:
         super().__init__()
         self.image_shape = tuple(image_shape)
         self.history: list[dict[str, float]] = []
         """One row an epoch: epoch, the mean of every recorded loss, val_score, and oracle_auroc where asked for."""
         self.noise = torch.Generator()
-        self._noise_state: Tensor | None = None  # a checkpoint's, until training continues
-        self._optimizer = optimizer
-        self._scheduler = scheduler
-        self._clip = clip
+        """All of a method's own noise; on the detector's device, its state travels in the checkpoint."""
+        self._noise_state: Tensor | None = None  # a checkpoint's, until it is known on which device it continues
+        self._optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] = {}
+        self._scheduler: SchedulerFactory | None = None
+        self._clip: float | None = None
+        self._fit_finished = False
         self._means: dict[str, tuple[Tensor, int]] = {}
         self._fitted: set[str] = set()
         self._evaluations: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -136,13 +129,23 @@ class Detector(LightningModule, ABC):
         yield from ()
 
     def before_fit(self, images: Tensor) -> None:
-        """Called once before the first epoch with the prepared training images (N,C,H,W), on the device."""
+        """Called once before the first epoch with the prepared training images (N,C,H,W), on the device.
+
+        In eval mode and without gradients, as is `after_fit`; what either finds is kept with `set_fitted`.
+        """
 
     def after_fit(self, images: Tensor) -> None:
-        """Called once after the last epoch, in eval mode, with the prepared training images (N,C,H,W)."""
+        """Called once after the last epoch with the prepared training images (N,C,H,W), on the device.
+
+        A method that has one is scored only then: its epochs have no ``val_score``.
+        """
 
     def train_indices(self, epoch: int) -> Tensor | None:
-        """Positions (n,) among the training images that take part in the zero-based ``epoch``; None for all."""
+        """Positions (n,) among the training images that take part in the zero-based ``epoch``; None for all.
+
+        Asked before every epoch, and again after a resume (also for the epoch after the last, which then does not
+        come): it must follow from the detector's state alone.
+        """
         return None
 
     def reconstruct(self, x: Tensor) -> Tensor | None:
@@ -165,6 +168,21 @@ class Detector(LightningModule, ABC):
         """Number of the current epoch, counted from 1, as papers write schedules; a tensor, so losses stay pure."""
         return self.epochs_done + 1
 
+    def optimise_with(
+        self,
+        optimizer: OptimizerFactory | Mapping[str, OptimizerFactory],
+        scheduler: SchedulerFactory | None = None,
+        clip: float | None = None,
+    ) -> None:
+        """How the players learn: ``model.optimizer``, ``model.scheduler`` and ``model.clip`` of the configuration.
+
+        Args:
+            optimizer: makes the optimiser of one player from its parameters; or a mapping, one factory a player.
+            scheduler: makes the schedule of an optimiser's learning rate, stepped once an epoch; None keeps the rate.
+            clip: largest L2 norm of one player's gradient; None does not clip.
+        """
+        self._optimizer, self._scheduler, self._clip = optimizer, scheduler, clip
+
     def player_parameters(self, player: str) -> list[nn.Parameter]:
         """The parameters that ``player`` owns, each once."""
         return list(dict.fromkeys(p for network in self.players()[player] for p in network.parameters()))
@@ -172,7 +190,11 @@ class Detector(LightningModule, ABC):
     def configure_optimizers(self) -> Any:
         optimizers: list[Optimizer] = []
         for player in self.players():
-            factory = self._optimizer[player] if isinstance(self._optimizer, Mapping) else self._optimizer
+            factory = self._optimizer
+            if isinstance(factory, Mapping):
+                if player not in factory:
+                    raise ValueError(f"model.optimizer has no entry for the player {player}: give one for each player")
+                factory = factory[player]
             optimizers.append(factory(self.player_parameters(player)))
         if self._scheduler is None:
             return optimizers or None
@@ -194,20 +216,23 @@ class Detector(LightningModule, ABC):
         the published USAD loop.
         """
         gradients = {}
+        self.zero_grad(set_to_none=True)
         for position, (player, loss) in enumerate(losses.items()):
             parameters = self.player_parameters(player)
-            more = position < len(losses) - 1
-            found = torch.autograd.grad(loss, parameters, retain_graph=more, allow_unused=True)
-            gradients[player] = list(zip(parameters, found, strict=True))
+            loss.backward(inputs=parameters, retain_graph=position < len(losses) - 1)
+            gradients[player] = [(parameter, parameter.grad) for parameter in parameters]
+            for parameter in parameters:
+                parameter.grad = None
+            assert any(gradient is not None for _, gradient in gradients[player]), f"{player}'s loss never reaches it"
         optimizers = self._optimizers_by_player()
         for player, pairs in gradients.items():
-            self.zero_grad(set_to_none=True)
             for parameter, gradient in pairs:
                 parameter.grad = gradient
             if self._clip is not None:
                 nn.utils.clip_grad_norm_([p for p, _ in pairs], self._clip)
             optimizers[player].step()
-        self.zero_grad(set_to_none=True)
+            for parameter, _ in pairs:
+                parameter.grad = None
 
     def record(self, name: str, value: Tensor) -> None:
         """Add ``value`` (a scalar) to the epoch's mean of ``name``; read once an epoch, so the device never waits."""
@@ -227,8 +252,32 @@ class Detector(LightningModule, ABC):
             self.register_buffer(name, value)
 
     def seed_noise(self, seed: int) -> None:
-        """Start the generator that all of the method's noise comes from; its state travels in the checkpoint."""
+        """Start the generator that all of the method's noise comes from, on the detector's present device."""
         self.noise = torch.Generator(self.device).manual_seed(seed)
+
+    def finish_fit(self, images: Callable[[], Tensor]) -> None:
+        """`after_fit`, once: a run that is scored again after a resume is not fitted again.
+
+        images: makes the prepared training images (N,C,H,W) on the device; not called where no method asks.
+        """
+        self._continue_noise()
+        if not self._fit_finished and self._scored_after_fit:
+            self.eval()
+            with torch.no_grad():
+                self.after_fit(images())
+        self._fit_finished = True
+
+    @property
+    def _scored_after_fit(self) -> bool:
+        return type(self).after_fit is not Detector.after_fit
+
+    def _continue_noise(self) -> None:
+        if self.noise.device.type != self.device.type:
+            self.seed_noise(self.noise.initial_seed())
+        state, self._noise_state = self._noise_state, None
+        # The streams of CPU and GPU differ: on another kind of device a resumed run starts its stream anew.
+        if state is not None and state.shape == self.noise.get_state().shape:
+            self.noise.set_state(state)
 
     def scores_of(self, dataset: str) -> tuple[Tensor, Tensor]:
         """Scores (N,) and indices (N,) of the last pass over ``dataset``, "val" or "test", on the CPU."""
@@ -249,12 +298,7 @@ class Detector(LightningModule, ABC):
 
     def on_train_start(self) -> None:
         self._means.clear()
-        state, self._noise_state = self._noise_state, None
-        if self.noise.device.type != self.device.type:
-            self.seed_noise(self.noise.initial_seed())
-        # The streams of CPU and GPU differ: on another kind of device a resumed run starts a new one.
-        if state is not None and state.shape == self.noise.get_state().shape:
-            self.noise.set_state(state)
+        self._continue_noise()
 
     def on_train_epoch_end(self) -> None:
         row: dict[str, float] = {"epoch": int(self.epochs_done) + 1}
@@ -264,7 +308,8 @@ class Detector(LightningModule, ABC):
         if "val" in self._evaluations:
             row["val_score"] = self.scores_of("val")[0].double().mean().item()
         if "test" in self._evaluations:
-            row["oracle_auroc"] = self.test_metrics.compute()["auroc"]
+            finite = bool(self.scores_of("test")[0].isfinite().all())
+            row["oracle_auroc"] = self.test_metrics.compute()["auroc"] if finite else math.nan
         for name, value in row.items():
             if not math.isfinite(value):
                 raise Diverged(f"training diverged: {name} is {value} at epoch {row['epoch']}; lower the learning rate")
@@ -278,6 +323,7 @@ class Detector(LightningModule, ABC):
             logger.log_metrics({k: v for k, v in row.items() if k != "epoch"}, step=int(row["epoch"]))
 
     def on_train_epoch_start(self) -> None:
+        self._evaluations, self._decisions = {}, {}
         self._started = time.perf_counter()
 
     def on_validation_epoch_start(self) -> None:
@@ -293,16 +339,18 @@ class Detector(LightningModule, ABC):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         # The first loader holds the held-out normals; in training the second is there on request only.
+        if self._scored_after_fit and not self._fit_finished:
+            return
         self._evaluate("val" if dataloader_idx == 0 else "test", batch)
 
     test_step = validation_step
 
     def _evaluate(self, dataset: str, batch: Batch) -> None:
         assert not self.training, "scores are taken in eval mode"
-        score = self.score(batch.x).detach().float()
+        with torch.autocast(self.device.type, enabled=False):  # half precision would tie scores that differ
+            score, decided = self.score(batch.x).detach().float(), self.decide(batch.x)
         assert score.shape == batch.index.shape, f"score() returned {tuple(score.shape)} for {len(batch.x)} images"
         self._evaluations.setdefault(dataset, []).append((score, batch.index))
-        decided = self.decide(batch.x)
         if decided is not None:
             self._decisions.setdefault(dataset, []).append(decided)
         if dataset == "test":
@@ -316,12 +364,13 @@ class Detector(LightningModule, ABC):
         checkpoint["anomaly_lab"] = {
             "history": self.history,
             "noise": self.noise.get_state(),
+            "fit_finished": self._fit_finished,
             "fitted": sorted(self._fitted),
         }
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = checkpoint["anomaly_lab"]
-        self.history = own["history"]
+        self.history, self._fit_finished = own["history"], own["fit_finished"]
         self._noise_state = own["noise"].cpu()
         for name in own["fitted"]:
             self.set_fitted(name, torch.empty_like(checkpoint["state_dict"][name], device=self.device))

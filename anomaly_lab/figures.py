@@ -295,7 +295,7 @@ def class_heat_map(frame: pd.DataFrame, title: str = "") -> Figure:
     lines_in_labels = sum(text.count("\n") + 1 for text in wrapped)
     cell = 0.52 if numbers else 0.16
     figure, axes = _figure(
-        2.6 + cell * len(names),
+        2.6 + cell * max(len(names), 6),  # room for the title and the colour bar beside few classes
         1.35 + max(0.34 * len(labels), 0.19 * lines_in_labels) + (0.3 if title else 0),
     )
     from matplotlib import colormaps

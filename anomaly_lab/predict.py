@@ -11,7 +11,6 @@ import io
 import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -115,11 +114,10 @@ class FittedDetector:
         """``function`` of the prepared images, batch by batch; None if it gives None, or if there are no images."""
         import torch
 
-        # The threshold was taken from scores of the run's own precision.
-        mixed = self.result["config"]["trainer"]["precision"] == "bf16-mixed"
-        context = torch.autocast(self.device.type, torch.bfloat16) if mixed else nullcontext()
+        from anomaly_lab.run import numerics
+
         found = []
-        with torch.no_grad(), context:
+        with torch.no_grad(), numerics(self.result["config"]["trainer"]["precision"]):
             for x in self._batches(images):
                 values = function(x)
                 if values is None:
@@ -178,6 +176,8 @@ def load_run(path: str | Path, device: str = "cpu") -> FittedDetector:
         checkpoint = torch.load(folder / "last.ckpt", map_location="cpu", weights_only=True)
         detector.on_load_checkpoint(checkpoint)
         detector.load_state_dict(checkpoint["state_dict"])
+        if int(detector.epochs_done) != result["epochs"]:
+            raise RuntimeError(f"it is of epoch {int(detector.epochs_done)}, the result of epoch {result['epochs']}")
     # torch raises RuntimeError, UnpicklingError, EOFError or KeyError, as the damage (or a changed method) wants it.
     except Exception as error:
         reason = " ".join(str(error).split())[:160]

@@ -17,6 +17,7 @@ import argparse
 import base64
 import csv
 import functools
+import hashlib
 import io
 import itertools
 import json
@@ -69,6 +70,8 @@ COLUMNS: dict[str, type | str] = {
     "pretrained": _TEXT,
     "published_as": _TEXT,
     "path": _TEXT,
+    "images": _TEXT,
+    "settings": _TEXT,
 }
 _METRICS = (
     *(
@@ -98,6 +101,7 @@ _CLASSES = {
     ("coil100", "coil"): 30,
     ("coil100", "pooled"): 100,
     ("digits", "pooled"): 10,
+    **{(name, "one_abnormal"): 10 for name in ("mnist", "fashion_mnist", "cifar10", "digits")},
 }
 
 MINIMUM_PAIRS = 6  # with five pairs the smallest two-sided p-value of the signed-rank test is 0.0625
@@ -196,9 +200,11 @@ def refuse_mixtures(frame: pd.DataFrame) -> None:
     """Raise where runs that would share a table cannot: other images under the same name, or one run twice.
 
     Raises:
-        ValueError: names two runs of one (data set, split, class, seed) whose split fingerprints differ, or
-            two folders with the same identity.
+        ValueError: names two runs of one (data set, split, class, seed) whose split fingerprints differ, of one
+            data set's name on other images, of one method's name with other settings; or one run in two folders.
     """
+    _refuse_unequal(frame, ["dataset", "problem"], "images", "on other images")
+    _refuse_unequal(frame, ["dataset", "split", "label"], "settings", "with other settings (a yaml was edited)")
     for _, group in frame.groupby(["dataset", "split", "problem", "normal_class", "seed"], sort=True):
         first = group.iloc[0]
         for _, other in group.iloc[1:].iterrows():
@@ -212,6 +218,20 @@ def refuse_mixtures(frame: pd.DataFrame) -> None:
         if len(twice):
             one, two = twice[twice["label"] == twice.iloc[0]["label"]]["path"].iloc[:2]
             raise ValueError(f"{one} and {two} are the same run twice: move one of them elsewhere")
+
+
+def _refuse_unequal(frame: pd.DataFrame, keys: Sequence[str], column: str, what: str) -> None:
+    for _, group in frame[frame[column] != ""].groupby(list(keys), sort=True):
+        other = group[group[column] != group.iloc[0][column]]
+        if len(other):
+            raise ValueError(
+                f"{group.iloc[0]['path']} and {other.iloc[0]['path']} share a name but were made {what}: "
+                "delete the stale one, or give it a name of its own"
+            )
+
+
+def _digest(settings: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:12]
 
 
 def _row(folder: Path, path: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
@@ -242,6 +262,9 @@ def _row(folder: Path, path: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
             "pretrained": str(model.get("pretrained") or ""),
             "published_as": str(model.get("published") or re.sub("_small$", "", str(identity["model"]))),
             "path": path,
+            # Checksums of the data set and of everything that could change the result.
+            "images": str((result.get("settings") or {}).get("images") or "")[:12],
+            "settings": _digest(result["settings"]) if result.get("settings") else "",
         }
         if row["auroc"] is None:
             raise ValueError("no AUROC in it")
@@ -1151,7 +1174,7 @@ def main(argv: Sequence[str] | None = None, expected_runs: Callable[[str], Expec
     arguments = parser.parse_args(argv)
     try:
         return _report(arguments, expected_runs)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         print(f"anomaly-lab-report: error: {error}", file=sys.stderr)
         return 2
 

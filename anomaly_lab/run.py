@@ -28,13 +28,14 @@ import torch
 from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from anomaly_lab import config, figures, metrics, tracking
 from anomaly_lab.data import OneClassData, Prepare
-from anomaly_lab.detector import Detector
+from anomaly_lab.detector import Detector, Diverged
 
 log = logging.getLogger(__name__)
 
@@ -75,11 +76,24 @@ class _WholeFiles(TorchCheckpointIO):
 class _LastCheckpoint(Checkpoint):
     """``last.ckpt`` after every epoch. A Checkpoint, because Lightning calls those after everybody else."""
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
+    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
+        self._path, self._settings = path, settings
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["settings"] = dict(self._settings)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.save_checkpoint(self._path, weights_only=False)  # "weights only" would drop the optimisers
+
+
+class _SeededEpochs(Callback):
+    """Layers that draw from torch's global stream (dropout) draw the same in every epoch, resumed or not."""
+
+    def __init__(self, seed: int) -> None:
+        self._seed = seed
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        torch.manual_seed(stream(self._seed, f"epoch {int(pl_module.epochs_done)}"))  # type: ignore[arg-type]
 
 
 class _Progress(Callback):
@@ -89,7 +103,7 @@ class _Progress(Callback):
         self._title = title
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        steps = len(trainer.fit_loop._data_source.dataloader())
+        steps = int(trainer.num_training_batches)
         assert trainer.max_epochs is not None
         quiet = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
         self._bar = tqdm(total=trainer.max_epochs * steps, desc=self._title, unit="step", mininterval=quiet)
@@ -116,11 +130,19 @@ def _alone(out: Path) -> Iterator[bool]:
     """Whether this process has the run's folder for itself. The kernel lets go of the lock when a process dies."""
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield False
-            return
+        for attempt in (1, 2):
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if attempt == 2:
+                    yield False
+                    return
+                time.sleep(0.2)  # a status report may have looked at the lock in this very moment
+            except OSError as error:  # some cluster file systems have no locks
+                log.warning("%s cannot be locked (%s): take care that nobody else makes the same run", out, error)
+                break
+            else:
+                break
         yield True
 
 
@@ -154,6 +176,8 @@ def make_detector(cfg: DictConfig, image_shape: Sequence[int]) -> Detector:
         detector = instantiate(cfg.model.detector, image_shape=tuple(image_shape), _convert_="all")
     if not isinstance(detector, Detector):
         raise ValueError(f"model={cfg.choices.model}: model.detector._target_ must name a subclass of Detector")
+    optimizer, scheduler = (instantiate(cfg.model[key], _convert_="all") for key in ("optimizer", "scheduler"))
+    detector.optimise_with(optimizer, scheduler, cfg.model.clip)
     return detector
 
 
@@ -162,6 +186,9 @@ def _epochs(cfg: DictConfig, data: OneClassData) -> int:
     budget = cfg.model.budget
     if (budget.epochs is None) == (budget.steps is None):
         raise ValueError("give model.budget either epochs or steps, and null for the other")
+    for name in ("epochs", "steps"):
+        if budget[name] is not None and (type(budget[name]) is not int or budget[name] < 0):
+            raise ValueError(f"model.budget.{name}={budget[name]}: give a whole number from 0")
     return int(budget.epochs) if budget.steps is None else math.ceil(budget.steps / len(data.train_dataloader()))
 
 
@@ -172,9 +199,7 @@ def make_trainer(
     precision = cfg.trainer.precision
     if precision not in ("32-true", "tf32", "bf16-mixed"):
         raise ValueError(f"trainer.precision={precision}: choose 32-true, tf32 or bf16-mixed")
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    own: list[Callback] = [_LastCheckpoint(out / "last.ckpt")]
+    own: list[Callback] = [_LastCheckpoint(out / "last.ckpt", config.settings(cfg)), _SeededEpochs(cfg.seed)]
     if cfg.trainer.progress:
         own.append(_Progress(title))
     return Trainer(
@@ -183,7 +208,9 @@ def make_trainer(
         precision="bf16-mixed" if precision == "bf16-mixed" else "32-true",
         max_epochs=_epochs(cfg, data),
         callbacks=[*own, *callbacks],
-        plugins=[_WholeFiles()],
+        # Under Slurm, Lightning's own environment would answer signals with checkpoints that later calls pick up.
+        plugins=[_WholeFiles(), LightningEnvironment()],
+        reload_dataloaders_every_n_epochs=1,  # a loader is one epoch's order, and epochs may differ in length
         logger=logger,
         default_root_dir=out,
         deterministic="warn",
@@ -192,6 +219,21 @@ def make_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+
+
+@contextmanager
+def numerics(precision: str) -> Iterator[None]:
+    """The global switches of a run's precision, set back afterwards: ``trainer.precision`` and determinism."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]
+        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
 
 
 def _threads(cfg: DictConfig) -> None:
@@ -252,7 +294,11 @@ def run(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> dict[str, Any] |
             log.warning("%s: another process is busy with this run; left to it", out)
             return None
         try:
-            with tracking.opened(cfg, out, identity) as tracker:
+            result = config.finished(cfg)  # another process may have made it in between
+            if result is not None:
+                return result
+            (out / "result.json").unlink(missing_ok=True)  # without the test AUROC that is asked for now
+            with tracking.opened(cfg, out, identity) as tracker, numerics(cfg.trainer.precision):
                 result = _make(cfg, identity, out, tracker, callbacks)
         except Exception as error:
             failure = {"identity": identity, "error": " ".join(f"{type(error).__name__}: {error}".split())}
@@ -266,19 +312,23 @@ def _now() -> str:
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
-def _history(checkpoint: Path) -> list[dict[str, float]]:
-    return torch.load(checkpoint, map_location="cpu", weights_only=True)["anomaly_lab"]["history"]
-
-
-def _resumable(cfg: DictConfig, out: Path) -> Path | None:
-    checkpoint = out / "last.ckpt"
-    if not checkpoint.is_file():
-        return None
-    history = _history(checkpoint)
+def _resumable(cfg: DictConfig, out: Path) -> tuple[Path | None, list[dict[str, float]]]:
+    """The checkpoint to go on from and the history it holds; None and nothing for a fresh start."""
+    path = out / "last.ckpt"
+    if not path.is_file():
+        return None, []
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        history, settings = checkpoint["anomaly_lab"]["history"], checkpoint["settings"]
+    # torch raises RuntimeError, UnpicklingError, EOFError or KeyError, as the damage wants it.
+    except Exception as error:
+        log.warning("%s cannot be read (%s): starting again", path, type(error).__name__)
+        return None, []
+    config.refuse_other_settings(settings, cfg, out)
     if cfg.trainer.watch_test and any("oracle_auroc" not in row for row in history):
         log.info("%s: its test AUROC was not watched so far; starting again", out)
-        return None
-    return checkpoint
+        return None, []
+    return path, history
 
 
 def _make(
@@ -289,6 +339,8 @@ def _make(
     callbacks: Sequence[Callback],
 ) -> dict[str, Any]:
     _threads(cfg)
+    if not 0 < cfg.trainer.threshold_quantile < 1:
+        raise ValueError(f"trainer.threshold_quantile={cfg.trainer.threshold_quantile}: give a number between 0 and 1")
     data, split = make_data(cfg), instantiate(cfg.split)
     detector = make_detector(cfg, data.image_shape)
     resolved = OmegaConf.to_container(cfg, resolve=True)
@@ -297,22 +349,24 @@ def _make(
     trainer = make_trainer(cfg, data, out, title, tracker, callbacks)
     device = trainer.strategy.root_device
 
-    checkpoint = _resumable(cfg, out)
-    tracker.start([] if checkpoint is None else _history(checkpoint))
-    if checkpoint is None:
-        detector.to(device).seed_noise(stream(cfg.seed, "noise"))
-        if type(detector).before_fit is not Detector.before_fit:  # else nobody wants all images at once
-            detector.before_fit(data.prepared("train").to(device))
-    else:
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+    checkpoint, history = _resumable(cfg, out)
+    tracker.start(history)
+    detector.to(device).seed_noise(stream(cfg.seed, "noise"))
+    if checkpoint is not None:
         log.info("%s: resuming", out)
-    with warnings.catch_warnings():
+    elif type(detector).before_fit is not Detector.before_fit:  # else nobody wants all images at once
+        detector.eval()
+        with torch.no_grad():
+            detector.before_fit(data.prepared("train").to(device))
+    with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*exists and is not empty.*")
         warnings.filterwarnings("ignore", message=".*`training_step` returned `None`.*|.*log_every_n_steps.*")
-        trainer.fit(detector, datamodule=data, ckpt_path=checkpoint, weights_only=True)
-        detector.to(device).eval()
-        if type(detector).after_fit is not Detector.after_fit:
-            with torch.no_grad():
-                detector.after_fit(data.prepared("train").to(device))
+        trainer.fit(detector.train(), datamodule=data, ckpt_path=checkpoint, weights_only=True)
+        assert int(detector.epochs_done) == trainer.max_epochs, "a half-trained detector must not be scored"
+        detector.to(device).finish_fit(lambda: data.prepared("train").to(device))
         trainer.save_checkpoint(out / "last.ckpt", weights_only=False)
         started = time.perf_counter()
         trainer.test(detector, datamodule=data, verbose=False)
@@ -322,6 +376,8 @@ def _make(
     score, index = (tensor.numpy() for tensor in detector.scores_of("test"))
     partition = data.partition
     assert np.array_equal(index, partition.test), "test images came in another order than they were asked for"
+    if np.ptp(score) == 0:
+        raise Diverged(f"training collapsed: every test image has the score {score[0]}; lower the learning rate")
     threshold = metrics.threshold_from_normals(val_score, cfg.trainer.threshold_quantile)
     oracle = [row["oracle_auroc"] for row in detector.history if "oracle_auroc" in row]
     arrays: dict[str, Any] = {
@@ -356,19 +412,20 @@ def _make(
             "test_anomalous": int(partition.test_truth.sum()),
         },
         "config": resolved,
+        "settings": config.settings(cfg),
         "experiment": cfg.choices.experiment,
         "git": _git(),
         "versions": _versions(),
         "device": name,
         "finished": _now(),
         "seconds": {"fit": round(seconds, 3), "score": round(score_seconds, 3)},
-        "images_per_second": round(int(detector.images_seen) / seconds, 1),
+        "images_per_second": round(int(detector.images_seen) / seconds, 1) if seconds else None,
         "peak_memory_mb": round(memory, 1),
         "epochs": int(detector.epochs_done),
         "steps": int(detector.steps_done),
         "history": detector.history,
     }
-    _draw(detector, data, score, result, out / "figures")
+    _draw(detector.to(device).eval(), data, score, result, out / "figures")
     tracker.publish(result, out / "figures", arrays)  # before the run counts as done: a killed one shows it again
     write_json(out / "result.json", result)
     return result

@@ -24,7 +24,7 @@ class Gaussian(Detector):
     """No gradients at all: distance to the mean of the training images."""
 
     def __init__(self, image_shape: Sequence[int]) -> None:
-        super().__init__(image_shape, optimizer={})
+        super().__init__(image_shape)
 
     def after_fit(self, images: Tensor) -> None:
         self.set_fitted("mean", images.mean(0))
@@ -40,7 +40,8 @@ class Noisy(Detector):
     """Two players, each with an optimiser of its own, noise in the loss, and every second image left out."""
 
     def __init__(self, image_shape: Sequence[int], **options: Any) -> None:
-        super().__init__(image_shape, **options)
+        super().__init__(image_shape)
+        self.optimise_with(**options)
         self.a, self.b = nn.Linear(1024, 4), nn.Linear(4, 1024)
         self.seen: list[int] = []
         self.rates: list[list[float]] = []
@@ -80,6 +81,7 @@ def trainer(folder: Path, epochs: int) -> Trainer:
         enable_model_summary=False,
         default_root_dir=folder,
         num_sanity_val_steps=0,
+        reload_dataloaders_every_n_epochs=1,
         inference_mode=False,
     )
 
@@ -90,7 +92,7 @@ def sgd(rate: float) -> Any:
 
 def test_a_method_without_gradients_fits_the_contract(data: OneClassData, tmp_path: Path) -> None:
     detector, run = Gaussian(data.image_shape), trainer(tmp_path, 1)
-    detector.after_fit(data.prepared("train"))
+    detector.finish_fit(lambda: data.prepared("train"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         rows = run.test(detector, data, verbose=False)

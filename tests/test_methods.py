@@ -48,7 +48,10 @@ def test_there_are_models() -> None:
 def test_every_model_composes_with_a_lab_note_and_a_budget(model: str) -> None:
     assert (config.CONFIG_DIR / "model" / f"{model}.yaml").read_text().startswith("#"), "no note at the top"
     cfg = config.compose([f"model={model}"])
-    required, optional = {"detector", "budget", "batch_size", "input"}, {"published", "pretrained"}
+    required, optional = (
+        {"detector", "optimizer", "scheduler", "clip", "budget", "batch_size", "input"},
+        {"published", "pretrained"},
+    )
     assert required <= set(cfg.model) <= required | optional
     assert (cfg.model.budget.epochs is None) != (cfg.model.budget.steps is None)
 

@@ -225,6 +225,29 @@ def test_another_problem_may_have_other_images(runs: Runs) -> None:
         results.refuse_mixtures(results.read(runs.root))
 
 
+@pytest.mark.parametrize(
+    ("one", "two", "message"),
+    [
+        ({"images": "a", "model.lr": 1}, {"images": "b", "model.lr": 1}, "on other images"),
+        ({"images": "a", "model.lr": 1}, {"images": "a", "model.lr": 2}, "with other settings"),
+    ],
+)
+def test_seeds_of_other_data_or_of_an_edited_yaml_are_not_averaged(
+    runs: Runs, one: dict[str, Any], two: dict[str, Any], message: str
+) -> None:
+    for seed, settings in enumerate((one, one)):
+        _settle(runs.add(0.9, seed=seed), settings)
+    results.refuse_mixtures(results.read(runs.root))
+    _settle(runs.add(0.1, seed=2), two)
+    with pytest.raises(ValueError, match=message):
+        results.refuse_mixtures(results.read(runs.root))
+
+
+def _settle(folder: Path, settings: dict[str, Any]) -> None:
+    file = folder / "result.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"settings": settings}))
+
+
 def test_the_same_run_twice_is_refused(runs: Runs) -> None:
     shutil.copytree(runs.add(0.9), runs.root / "copy" / "n0" / "s0")
     with pytest.raises(ValueError, match="are the same run twice"):

@@ -5,6 +5,9 @@ from __future__ import annotations
 import fcntl
 import json
 import math
+import os
+import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,7 +165,7 @@ def test_a_second_process_leaves_a_busy_run_alone(tmp_path: Path) -> None:
 
 
 def test_divergence_is_a_recorded_failure_not_a_table_entry(tmp_path: Path) -> None:
-    cfg = tiny(tmp_path / "runs", "model.detector.optimizer.lr=1e30")
+    cfg = tiny(tmp_path / "runs", "model.optimizer.lr=1e30")
     with pytest.raises(Diverged, match=r"diverged: .* at epoch \d; lower the learning rate"):
         run(cfg)
     assert "Diverged" in json.loads((config.run_dir(cfg) / "failure.json").read_text())["error"]
@@ -187,6 +190,8 @@ def test_half_a_file_is_never_left_behind(tmp_path: Path) -> None:
     [
         (["normal_class=12"], "no class 12"),
         (["seed=abc"], "seed=abc: give a whole number"),
+        (["model.budget.epochs=-1"], "epochs=-1: give a whole number"),
+        (["trainer.threshold_quantile=1.5"], "between 0 and 1"),
         (["split=official"], "no official test half"),
         (["split=one_abnormal", "normal_class=3"], "write abnormal_class=3"),
         (["abnormal_class=3"], "write normal_class=3"),
@@ -229,6 +234,182 @@ def test_streams_are_independent_and_fixed() -> None:
     assert stream(0, "weights") == 6699829313034778310  # pinned: every published run depends on it
 
 
+TOY = """
+from collections.abc import Iterator, Mapping, Sequence
+import torch
+from torch import Tensor, nn
+from anomaly_lab.detector import Batch, Detector
+
+
+class Toy(Detector):
+    \"\"\"Everything a method may do: noise, dropout, a schedule, fit hooks, epochs on fewer images.\"\"\"
+
+    def __init__(self, image_shape: Sequence[int], *, learns: bool) -> None:
+        super().__init__(image_shape)
+        self.net = nn.Sequential(nn.Flatten(), nn.Linear(1024, 8), nn.Dropout(0.5), nn.Linear(8, 1024))
+        self.learns = learns
+
+    def before_fit(self, images: Tensor) -> None:
+        assert not torch.is_grad_enabled() and not self.training
+        self.set_fitted("centre", images.mean(0) + 0.01 * torch.rand(1, generator=self.noise))
+
+    def after_fit(self, images: Tensor) -> None:
+        assert not torch.is_grad_enabled() and not self.training
+        self.set_fitted("spread", (images - self.centre).std(0) + 0.1 + torch.rand(1, generator=self.noise))
+
+    def players(self) -> Mapping[str, Sequence[nn.Module]]:
+        return {"net": [self.net]} if self.learns else {}
+
+    def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
+        if self.learns:
+            x = batch.x - self.centre
+            noisy = x + torch.randn(x.shape, generator=self.noise)
+            yield {"net": (self.net(noisy) - x.flatten(1)).square().mean()}
+
+    def train_indices(self, epoch: int) -> Tensor:
+        return torch.arange((100, 40, 100, 60)[epoch % 4])
+
+    def score(self, x: Tensor) -> Tensor:
+        x = (x - self.centre) / self.spread
+        return (x.flatten(1) - (self.net(x) if self.learns else 0)).square().mean(1)
+"""
+TOY_YAML = """
+# A toy.
+detector: {_target_: toy_method.Toy, learns: true}
+optimizer: {_target_: torch.optim.SGD, _partial_: true, lr: 0.1}
+scheduler: {_target_: torch.optim.lr_scheduler.StepLR, _partial_: true, step_size: 1, gamma: 0.5}
+clip: 1.0
+budget: {epochs: 4, steps: null, epoch_steps: 1}
+batch_size: 16
+input: {size: 32, fit: pad, range: [-1, 1], channels: null}
+"""
+
+
+@pytest.fixture
+def toy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A method and its yaml in a folder of the user's own."""
+    (tmp_path / "conf/model").mkdir(parents=True)
+    (tmp_path / "conf/model/toy.yaml").write_text(TOY_YAML)
+    (tmp_path / "toy_method.py").write_text(TOY)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(config.EXTRA_CONFIGS, str(tmp_path / "conf"))
+    config._defaults.cache_clear()
+    return tmp_path
+
+
+def toy_run(folder: Path, name: str, *overrides: str) -> DictConfig:
+    return config.compose(
+        ["model=toy", f"runs={folder / name}", f"data_dir={folder / 'data'}", "trainer.progress=false", *overrides]
+    )
+
+
+class StopLater(Callback):
+    """Ends a run after its last epoch: before it is fitted to the end, or in the middle of scoring."""
+
+    def __init__(self, hook: str) -> None:
+        setattr(self, hook, self._stop)
+
+    def _stop(self, *_: Any) -> None:
+        raise RuntimeError("stopped")
+
+
+@pytest.mark.parametrize(
+    "stop", [Stop(3), Stop(9), Stop(14), StopLater("on_train_end"), StopLater("on_test_batch_end")], ids=str
+)
+def test_a_method_with_everything_resumes_to_the_same_bits(toy: Path, stop: Callback) -> None:
+    straight, broken = toy_run(toy, "straight"), toy_run(toy, "broken")
+    expected = run(straight)
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(broken, [stop])
+    resumed = run(broken)
+    assert expected is not None and resumed is not None
+    assert expected["steps"] == 6 + 2 + 6 + 3, "epochs are as long as train_indices makes them"
+    assert comparable(resumed["history"]) == comparable(expected["history"])
+    assert all("val_score" not in row for row in expected["history"]), "its score is fitted only after the last epoch"
+    for name, array in scores(straight).items():
+        assert np.array_equal(array, scores(broken)[name]), name
+
+
+def test_noise_and_dropout_follow_from_the_seed(toy: Path) -> None:
+    first, again = run(toy_run(toy, "first")), run(toy_run(toy, "again"))
+    other = run(toy_run(toy, "first", "seed=1", "split.seed=0"))
+    assert first is not None and again is not None and other is not None
+    assert comparable(first["history"]) == comparable(again["history"]) != comparable(other["history"])
+
+
+@pytest.mark.parametrize("epochs", [0, 1])
+def test_a_method_without_gradients_is_a_run_like_any_other(toy: Path, epochs: int) -> None:
+    result = run(toy_run(toy, "runs", "model.detector.learns=false", f"model.budget.epochs={epochs}"))
+    assert result is not None and result["metrics"]["auroc"] > 0.5 and result["epochs"] == epochs
+    if epochs == 0:
+        assert result["images_per_second"] is None
+
+
+def test_equal_scores_are_a_failure_not_an_auroc_of_one_half(toy: Path) -> None:
+    (toy / "toy_method.py").write_text(TOY.replace("return (x.flatten(1)", "return 0 * (x.flatten(1)"))
+    sys.modules.pop("toy_method", None)
+    try:
+        with pytest.raises(Diverged, match="collapsed: every test image has the score 0"):
+            run(toy_run(toy, "runs"))
+    finally:
+        sys.modules.pop("toy_method", None)
+
+
+def test_an_edited_default_is_not_answered_with_the_old_result(toy: Path) -> None:
+    assert run(toy_run(toy, "runs")) is not None
+    yaml = toy / "conf/model/toy.yaml"
+    yaml.write_text(TOY_YAML.replace("lr: 0.1", "lr: 0.05"))
+    config._defaults.cache_clear()
+    with pytest.raises(ValueError, match=r"model\.optimizer\.lr=0\.1 \(now 0\.05\): delete that folder"):
+        run(toy_run(toy, "runs"))
+    (config.run_dir(toy_run(toy, "runs")) / "result.json").unlink()
+    with pytest.raises(ValueError, match=r"now 0\.05"):  # nor resumed with the old weights
+        run(toy_run(toy, "runs"))
+
+
+def test_a_damaged_checkpoint_is_said_and_started_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    cfg = tiny(tmp_path / "runs")
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(cfg, [Stop(after_steps=8)])
+    checkpoint = config.run_dir(cfg) / "last.ckpt"
+    checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
+    result = run(cfg)
+    assert result is not None and len(result["history"]) == 4
+    assert "cannot be read" in caplog.text
+
+
+def test_a_schedulers_signal_does_not_publish_a_half_trained_detector(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under Slurm, Lightning by itself answers SIGUSR1 with a checkpoint that its later calls load without asking."""
+    for name, value in (("JOB_ID", "1"), ("JOB_NAME", "train"), ("NTASKS", "1"), ("LOCALID", "0"), ("PROCID", "0")):
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    monkeypatch.setenv("SLURM_NODEID", "0")
+    before = signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    try:
+
+        class Signal(Callback):
+            def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+                if trainer.current_epoch == 1:
+                    os.kill(os.getpid(), signal.SIGUSR1)
+
+        cfg = tiny(tmp_path / "runs")
+        result = run(cfg, [Signal()])
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    plain = run(tiny(tmp_path / "plain"))
+    assert result is not None and plain is not None and result["metrics"] == plain["metrics"]
+    assert not list(config.run_dir(cfg).glob("hpc_ckpt*"))
+
+
+def test_global_switches_are_set_back(tmp_path: Path) -> None:
+    before = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
+    state = torch.random.get_rng_state()
+    assert run(tiny(tmp_path / "runs", "trainer.precision=tf32", "model.budget.epochs=1")) is not None
+    assert (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()) == before
+    assert torch.equal(torch.random.get_rng_state(), state)
+
+
 FLOOR = 0.95
 """AUROC that five epochs of 20 steps reach on the digit 0 against the others with room to spare (0.98 and more)."""
 
@@ -236,7 +417,7 @@ FLOOR = 0.95
 @pytest.mark.parametrize("model", ["autoencoder_small", "ede_small", "shared_ae_no_adversary_small", "shared_ae_small"])
 def test_learning_floor(tmp_path: Path, model: str) -> None:
     budget = ["model.budget.epochs=5", "model.budget.epoch_steps=20", "model.detector.width=8"]
-    result = run(tiny(tmp_path / "runs", f"model={model}", *budget, "model.detector.optimizer.lr=2e-3"))
+    result = run(tiny(tmp_path / "runs", f"model={model}", *budget, "model.optimizer.lr=2e-3"))
     assert result is not None and result["metrics"]["auroc"] >= FLOOR
 
 

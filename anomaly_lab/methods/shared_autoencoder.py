@@ -11,7 +11,7 @@ from typing import Literal, get_args
 
 from torch import Tensor, nn
 
-from anomaly_lab.detector import Batch, Detector, OptimizerFactory
+from anomaly_lab.detector import Batch, Detector
 from anomaly_lab.networks import DCGANDecoder, DCGANEncoder
 
 Update = Literal["alternating", "decoder", "simultaneous", "none"]
@@ -48,7 +48,6 @@ class EncoderDecoderEncoder(Detector):
     def __init__(
         self,
         image_shape: Sequence[int],
-        optimizer: OptimizerFactory,
         *,
         width: int,
         latent_size: int,
@@ -56,7 +55,7 @@ class EncoderDecoderEncoder(Detector):
         beta: float,
         omega: float,
     ) -> None:
-        super().__init__(image_shape, optimizer)
+        super().__init__(image_shape)
         if beta == 0 and omega != 1:
             raise ValueError("beta=0 trains no second encoder, so there is no latent term to score: set omega=1")
         self.alpha, self.beta, self.omega = alpha, beta, omega
@@ -159,7 +158,6 @@ class SharedAutoencoder(Detector):
     def __init__(
         self,
         image_shape: Sequence[int],
-        optimizer: OptimizerFactory,
         *,
         width: int,
         latent_size: int,
@@ -171,7 +169,7 @@ class SharedAutoencoder(Detector):
         latent_target: LatentTarget,
         score: Score,
     ) -> None:
-        super().__init__(image_shape, optimizer)
+        super().__init__(image_shape)
         for name, value, valid in (
             ("update", update, get_args(Update)),
             ("latent_target", latent_target, get_args(LatentTarget)),
