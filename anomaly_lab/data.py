@@ -5,6 +5,7 @@ Legend of the shape comments: N images of a set, B in a batch, C channels, S = s
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -203,7 +204,7 @@ class OneClassData(LightningDataModule):
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
-    def _order(self) -> Tensor:
+    def _order(self, stream: int = 0) -> Tensor:
         epoch, positions = 0, torch.arange(len(self.partition.train))
         if self.trainer is not None:
             detector = self.trainer.lightning_module
@@ -212,7 +213,8 @@ class OneClassData(LightningDataModule):
             allowed = detector.train_indices(epoch)
             positions = positions if allowed is None else allowed.cpu()
         # A stream of its own for every epoch: what a validation pass or a resume does in between changes nothing.
-        state = np.random.SeedSequence([self._seed, epoch]).generate_state(1, np.uint64)[0]
+        entropy = [self._seed, epoch, stream] if stream else [self._seed, epoch]
+        state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(state >> 1))
         steps = max(len(positions) // self._batch_size, 1)
         passes = 1 if steps >= self._epoch_steps else -(-self._epoch_steps * self._batch_size // len(positions))
@@ -223,6 +225,13 @@ class OneClassData(LightningDataModule):
         """The coming epoch: a trainer has to ask anew for every one (``reload_dataloaders_every_n_epochs=1``)."""
         part = self.part("train", self._device())
         return Loader(*part, self.prepare, self._batch_size, self._device(), order=self._order(), drop_last=True)
+
+    def further_batches(self) -> Iterator[Batch]:
+        """Batches for `Detector.next_batch`, without end: orders of the epoch's own, apart from the training order."""
+        part = self.part("train", self._device())
+        for stream in itertools.count(1):
+            order = self._order(stream)
+            yield from Loader(*part, self.prepare, self._batch_size, self._device(), order=order, drop_last=True)
 
     def val_dataloader(self) -> list[Loader]:
         """The held-out normals; behind them, with ``watch_test``, the test images."""

@@ -101,6 +101,7 @@ class Detector(LightningModule, ABC):
         self._scheduler: SchedulerFactory | None = None
         self._clip: float | None = None
         self._fit_finished = False
+        self._further: Iterator[Batch] | None = None
         self._means: dict[str, tuple[Tensor, int]] = {}
         self._fitted: set[str] = set()
         self._evaluations: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -239,6 +240,12 @@ class Detector(LightningModule, ABC):
         total, count = self._means.get(name, (torch.zeros((), device=value.device), 0))
         self._means[name] = (total + value.detach().float(), count + 1)
 
+    def next_batch(self) -> Batch:
+        """A further training batch within the same step, for critics that move more often than the generator."""
+        if self._further is None:
+            self._further = self.trainer.datamodule.further_batches()  # type: ignore[attr-defined]
+        return next(self._further)
+
     def epoch_means(self) -> dict[str, float]:
         """The means recorded so far in this epoch. Waits for the device."""
         return {name: (total / count).item() for name, (total, count) in self._means.items()}
@@ -323,7 +330,7 @@ class Detector(LightningModule, ABC):
             logger.log_metrics({k: v for k, v in row.items() if k != "epoch"}, step=int(row["epoch"]))
 
     def on_train_epoch_start(self) -> None:
-        self._evaluations, self._decisions = {}, {}
+        self._evaluations, self._decisions, self._further = {}, {}, None
         self._started = time.perf_counter()
 
     def on_validation_epoch_start(self) -> None:

@@ -99,6 +99,16 @@ def test_small_sets_are_passed_several_times_an_epoch_each_image_equally_often()
     assert len(data.train_dataloader()) == 11 and counts.sum() == 88 and (counts == 8).all()
 
 
+def test_further_batches_never_end_and_are_not_those_of_the_training_order() -> None:
+    data = OneClassData(images(30), Pooled(), "zero", Prepare(), batch_size=8)
+    further = [next(batches) for batches in [data.further_batches()] for _ in range(7)]
+    again = data.further_batches()
+    assert all(torch.equal(batch.index, next(again).index) for batch in further)
+    assert len(data.train_dataloader()) == 2, "seven batches are more than an epoch has"
+    assert [batch.index.tolist() for batch in further[:2]] != [b.index.tolist() for b in data.train_dataloader()]
+    assert set(torch.cat([batch.index for batch in further]).tolist()) <= set(data.partition.train.tolist())
+
+
 def test_held_out_normals_come_before_the_test_images() -> None:
     data = OneClassData(images(30), Pooled(), "zero", Prepare(), batch_size=8)
     val, test = data.test_dataloader()

@@ -262,7 +262,7 @@ class Toy(Detector):
 
     def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
         if self.learns:
-            x = batch.x - self.centre
+            x = torch.cat([batch.x, self.next_batch().x]) - self.centre
             noisy = x + torch.randn(x.shape, generator=self.noise)
             yield {"net": (self.net(noisy) - x.flatten(1)).square().mean()}
 
