@@ -11,14 +11,12 @@ import hashlib
 import http.client
 import io
 import json
-import os
 import pickle
 import re
 import shlex
 import socket
 import urllib.error
 import urllib.request
-import uuid
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
@@ -29,6 +27,8 @@ from pathlib import Path
 from typing import IO, Any, ClassVar
 
 import numpy as np
+
+from anomaly_lab.files import write_whole
 
 REQUIRED = ("images", "labels", "is_test", "class_names")
 NETWORK_TIMEOUT = 30.0  # seconds without an answer; many compute nodes drop packets instead of refusing them
@@ -655,22 +655,13 @@ def _write(path: Path, images: Images, source: str) -> None:
 
 
 def _replace(path: Path, write: Callable[[IO[bytes]], None], nbytes: int) -> None:
-    """Write a file beside its place and rename it, so that nobody ever sees half of it."""
-    # A name of its own: processes on several machines may be making the same file.
-    part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:
-        with open(part, "xb") as out:
-            write(out)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(part, path)
+        write_whole(path, write)
     except OSError as error:
         raise ValueError(
             f"{path} could not be written ({_reason(error)}): make room for {max(1, nbytes // 10**6)} MB "
             "there, or set data_dir (or ANOMALY_LAB_DATA) to another folder"
         ) from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 @contextmanager

@@ -10,7 +10,6 @@ higher is more anomalous.
 
 from __future__ import annotations
 
-import os
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anomaly_lab import metrics
+from anomaly_lab.files import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -38,19 +38,10 @@ def save(figure: Figure, path: str | Path, *, dpi: int = 130) -> Path:
 
     Same figure, same bytes.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with open(part, "wb") as file:
-            # Without the version of matplotlib in the header the bytes depend on the picture alone.
-            figure.savefig(file, format="png", dpi=dpi, facecolor="white", metadata={"Software": None})
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
-    return path
+    # Without the version of matplotlib in the header the bytes depend on the picture alone.
+    plain = {"Software": None}
+    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi, facecolor="white", metadata=plain))
+    return Path(path)
 
 
 # ------------------------------------------------------------------------------------------------- one run

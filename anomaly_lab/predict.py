@@ -237,7 +237,7 @@ def _files(given: Sequence[Path]) -> list[Path]:
 
 
 def _score_files(fitted: FittedDetector, files: Sequence[Path], out: Path, heat_maps: Path | None) -> int:
-    from anomaly_lab.run import write_whole
+    from anomaly_lab.files import write_whole
 
     rows = [("image", "score", "decision")]
     for start in range(0, len(files), BATCH):

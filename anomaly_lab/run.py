@@ -16,12 +16,12 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from tqdm import tqdm
 from anomaly_lab import config, figures, metrics, tracking
 from anomaly_lab.data import OneClassData, Prepare
 from anomaly_lab.detector import Detector, Diverged
+from anomaly_lab.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -45,20 +46,6 @@ SCHEMA = 1
 def stream(seed: int, purpose: str) -> int:
     """The seed of one independent stream of randomness (weights, noise) of a run: 63 bits."""
     return int.from_bytes(hashlib.sha256(f"{purpose}/{seed}".encode()).digest()[:8]) >> 1
-
-
-def write_whole(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let ``write`` fill a neighbour of ``path``, then rename it: a file is whole or it is not there."""
-    part = path.with_name(path.name + ".part")
-    try:
-        with open(part, "wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(part, path)
-    except BaseException:
-        part.unlink(missing_ok=True)
-        raise
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -20,7 +20,8 @@ from omegaconf import DictConfig
 
 from anomaly_lab import config, metrics
 from anomaly_lab.detector import Diverged
-from anomaly_lab.run import run, stream, write_whole
+from anomaly_lab.files import write_whole
+from anomaly_lab.run import run, stream
 
 TINY = ["model.budget.epochs=4", "model.budget.epoch_steps=3", "model.detector.width=4", "trainer.progress=false"]
 
