@@ -49,13 +49,18 @@ def search_path() -> list[str]:
     """The override that makes Hydra see the folder in ``ANOMALY_LAB_CONF``; none where it is not set.
 
     Raises:
-        ValueError: the variable names no folder.
+        ValueError: the variable names no folder, or a file there has the name of one of ours, which would win.
     """
     extra = os.environ.get(EXTRA_CONFIGS)
     if not extra:
         return []
     if not Path(extra).is_dir():
         raise ValueError(f"{EXTRA_CONFIGS}={extra} is not a folder: name the one with your model/*.yaml, or unset it")
+    for path in sorted(Path(extra).rglob("*.yaml")):
+        if (CONFIG_DIR / path.relative_to(extra)).exists():
+            raise ValueError(
+                f"{path} has the name of a config of anomaly_lab, which would be used: give it another name"
+            )
     return [f"hydra.searchpath=['file://{Path(extra).resolve()}']"]
 
 

@@ -46,6 +46,14 @@ def test_a_folder_of_configs_that_is_not_there_is_said(monkeypatch: pytest.Monke
         config.compose()
 
 
+def test_a_config_of_ours_cannot_be_shadowed_in_silence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "model/ede.yaml").write_text("# mine\n")
+    monkeypatch.setenv(config.EXTRA_CONFIGS, str(tmp_path))
+    with pytest.raises(ValueError, match=r"ede\.yaml has the name of a config of anomaly_lab"):
+        config.compose()
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_lead_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#]+?)(?:#[^)]*)?\)", page.read_text()):
