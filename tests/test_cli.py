@@ -9,6 +9,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -176,6 +177,23 @@ def test_ctrl_c_ends_the_command_and_says_how_to_go_on(
     code, _, err = lab(f"{sweep}{TINY}")
     assert code == cli.INTERRUPTED
     assert err == "interrupted: the same command goes on after the last whole epoch\n"
+
+
+@pytest.mark.slow
+def test_a_terminated_process_says_so_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    """A real process and a real SIGTERM, as schedulers send it, after the first checkpoint."""
+    words = [*shlex.split(TINY), "model.budget.epochs=60", "trainer.threads=1"]
+    command = [sys.executable, "-c", "from anomaly_lab.cli import train; train()", *words]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        end = time.monotonic() + 120
+        while not (found := list(tmp_path.rglob("last.ckpt"))):
+            assert process.poll() is None and time.monotonic() < end, process.communicate()[1]
+            time.sleep(0.05)
+        process.terminate()
+        _, err = process.communicate(timeout=120)
+    assert process.returncode == cli.TERMINATED, err
+    assert "terminated: the same command goes on after the last whole epoch" in err
+    assert not (found[0].parent / "result.json").exists()
 
 
 def test_a_run_that_another_process_makes_is_left_to_it(lab: Command, monkeypatch: pytest.MonkeyPatch) -> None:
