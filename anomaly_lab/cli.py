@@ -228,14 +228,15 @@ def _grid(overrides: Sequence[str]) -> list[_Run]:
         cfg = config.compose(job)
         try:
             out = config.run_dir(cfg)
-        except Exception as error:  # a class that is none of the data set's, missing data, ...
+            [status] = results.status(cfg.runs, [({}, out)])
+            unwatched = status.state == "done" and config.finished(cfg) is None
+        except Exception as error:  # a class that is none of the data set's, missing data, an edited yaml, ...
             line = _explained(error)
             if line is None:
                 raise
             runs.append(_Run(" ".join(word for word in job if word not in common), "impossible", line))
             continue
-        [status] = results.status(cfg.runs, [({}, out)])
-        if status.state == "done" and config.finished(cfg) is None:
+        if unwatched:
             runs.append(_Run(str(out), "missing", "its test AUROC was not watched", cfg, out))
         else:
             runs.append(_Run(str(out), status.state, status.detail, cfg, out))

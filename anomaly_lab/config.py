@@ -246,12 +246,12 @@ def finished(cfg: DictConfig) -> dict[str, Any] | None:
         return None
     try:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        settings_then, oracle = result["settings"], result["metrics"]["oracle_auroc"]
+        settings_then, watched = result["settings"], result["config"]["trainer"]["watch_test"]
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it and start the run again") from error
     refuse_other_settings(settings_then, cfg, path.parent)
     # trainer.watch_test changes no score, so it is no part of the identity; but what was not watched must be made.
-    return None if cfg.trainer.watch_test and oracle is None else result
+    return None if cfg.trainer.watch_test and not watched else result
 
 
 def expected_runs(experiment: str, overrides: Sequence[str] = ()) -> list[tuple[dict[str, Any], Path]]:

@@ -63,11 +63,11 @@ class _WholeFiles(TorchCheckpointIO):
 class _LastCheckpoint(Checkpoint):
     """``last.ckpt`` after every epoch. A Checkpoint, because Lightning calls those after everybody else."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any]) -> None:
-        self._path, self._settings = path, settings
+    def __init__(self, path: Path, settings: Mapping[str, Any], watched: bool) -> None:
+        self._path, self._settings, self._watched = path, settings, watched
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["settings"] = dict(self._settings)
+        checkpoint["settings"], checkpoint["watched"] = dict(self._settings), self._watched
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.save_checkpoint(self._path, weights_only=False)  # "weights only" would drop the optimisers
@@ -186,7 +186,8 @@ def make_trainer(
     precision = cfg.trainer.precision
     if precision not in ("32-true", "tf32", "bf16-mixed"):
         raise ValueError(f"trainer.precision={precision}: choose 32-true, tf32 or bf16-mixed")
-    own: list[Callback] = [_LastCheckpoint(out / "last.ckpt", config.settings(cfg)), _SeededEpochs(cfg.seed)]
+    last = _LastCheckpoint(out / "last.ckpt", config.settings(cfg), cfg.trainer.watch_test)
+    own: list[Callback] = [last, _SeededEpochs(cfg.seed)]
     if cfg.trainer.progress:
         own.append(_Progress(title))
     return Trainer(
@@ -307,12 +308,13 @@ def _resumable(cfg: DictConfig, out: Path) -> tuple[Path | None, list[dict[str, 
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True)
         history, settings = checkpoint["anomaly_lab"]["history"], checkpoint["settings"]
+        watched = checkpoint["watched"]
     # torch raises RuntimeError, UnpicklingError, EOFError or KeyError, as the damage wants it.
     except Exception as error:
         log.warning("%s cannot be read (%s): starting again", path, type(error).__name__)
         return None, []
     config.refuse_other_settings(settings, cfg, out)
-    if cfg.trainer.watch_test and any("oracle_auroc" not in row for row in history):
+    if cfg.trainer.watch_test and not watched:
         log.info("%s: its test AUROC was not watched so far; starting again", out)
         return None, []
     return path, history
@@ -349,7 +351,7 @@ def _make(
         with torch.no_grad():
             detector.before_fit(data.prepared("train").to(device))
     with warnings.catch_warnings(), torch.random.fork_rng():
-        warnings.filterwarnings("ignore", message=".*does not have many workers.*|.*exists and is not empty.*")
+        warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*`training_step` returned `None`.*|.*log_every_n_steps.*")
         trainer.fit(detector.train(), datamodule=data, ckpt_path=checkpoint, weights_only=True)
         assert int(detector.epochs_done) == trainer.max_epochs, "a half-trained detector must not be scored"

@@ -180,6 +180,12 @@ def _half_a_checkpoint(run_folder: Path) -> None:
     (run_folder / "last.ckpt").write_bytes(whole[: len(whole) // 2])
 
 
+def _of_another_epoch(run_folder: Path) -> None:
+    checkpoint = torch.load(run_folder / "last.ckpt", weights_only=True)
+    checkpoint["state_dict"]["epochs_done"] += 1
+    torch.save(checkpoint, run_folder / "last.ckpt")
+
+
 def _other_networks(run_folder: Path) -> None:
     result = json.loads((run_folder / "result.json").read_text())
     result["config"]["model"]["detector"]["width"] = 8
@@ -193,6 +199,7 @@ def _other_networks(run_folder: Path) -> None:
         (_half_a_result, "result.json is damaged"),
         (_without_checkpoint, "has lost its last.ckpt"),
         (_half_a_checkpoint, "does not fit this version of shared_ae_small, or is damaged"),
+        (_of_another_epoch, "it is of epoch 2, the result of epoch 1"),
         (_other_networks, "does not fit this version of shared_ae_small, or is damaged"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import math
@@ -153,6 +154,29 @@ def test_watching_the_test_set_changes_nothing_and_is_shown_apart(
     for name, array in scores(cfg).items():
         assert np.array_equal(array, before[name]), name
     assert "oracle_auroc" in torch.load(config.run_dir(cfg) / "last.ckpt")["anomaly_lab"]["history"][0]
+
+
+def test_a_result_is_retired_before_its_checkpoint_is_overwritten(tmp_path: Path) -> None:
+    assert run(tiny(tmp_path / "runs")) is not None
+    watched = tiny(tmp_path / "runs", "trainer.watch_test=true")
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(watched, [Stop(after_steps=5)])
+    assert not (config.run_dir(watched) / "result.json").exists()
+
+
+def test_a_file_system_without_locks_is_said_and_the_run_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    (tmp_path / "data").mkdir()
+    cfg = tiny(tmp_path / "runs")
+    config.load_images(cfg)
+    with caplog.at_level("WARNING"):
+        assert run(cfg) is not None
+    assert "cannot be locked" in caplog.text
 
 
 def test_a_second_process_leaves_a_busy_run_alone(tmp_path: Path) -> None:
@@ -329,6 +353,18 @@ def test_a_method_with_everything_resumes_to_the_same_bits(toy: Path, stop: Call
     assert all("val_score" not in row for row in expected["history"]), "its score is fitted only after the last epoch"
     for name, array in scores(straight).items():
         assert np.array_equal(array, scores(broken)[name]), name
+
+
+def test_a_watched_method_that_is_scored_only_after_its_fit_is_done_once(toy: Path) -> None:
+    cfg = toy_run(toy, "runs", "trainer.watch_test=true")
+    first = run(cfg)
+    assert first is not None and first["metrics"]["oracle_auroc"] is None
+    assert run(cfg, [Stop(after_steps=1)]) == first
+    broken = toy_run(toy, "broken", "trainer.watch_test=true")
+    with pytest.raises(RuntimeError, match="stopped"):
+        run(broken, [Stop(after_steps=7)])  # in epoch 2
+    resumed = run(broken, [Stop(after_steps=12)])  # 11 steps are left after the first epoch
+    assert resumed is not None and comparable(resumed["history"]) == comparable(first["history"])
 
 
 def test_noise_and_dropout_follow_from_the_seed(toy: Path) -> None:
