@@ -230,6 +230,17 @@ def test_a_dry_run_counts_estimates_and_does_nothing(lab: Command) -> None:
     assert sorted(Path().rglob("*")) == before
 
 
+def test_a_dry_run_lists_a_result_that_was_made_with_other_settings(lab: Command) -> None:
+    assert lab(TINY).code == 0
+    [file] = Path("runs").rglob("result.json")
+    result = json.loads(file.read_text())
+    result["settings"]["model.batch_size"] = 7
+    file.write_text(json.dumps(result))
+    code, out, err = lab(f"{TINY} --dry-run")
+    assert (code, err) == (cli.MISTAKE, "")
+    assert "impossible" in out and "was made with model.batch_size=7 (now 64)" in out and "0 done" in out
+
+
 def test_a_dry_run_reads_an_experiments_grid(lab: Command) -> None:
     words = (
         "--dry-run -m experiment=jia2022_mnist_small dataset=digits split=pooled 'normal_class=range(0,2)' model=ede"
