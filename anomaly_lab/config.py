@@ -250,8 +250,10 @@ def finished(cfg: DictConfig) -> dict[str, Any] | None:
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it and start the run again") from error
     refuse_other_settings(settings_then, cfg, path.parent)
-    # trainer.watch_test changes no score, so it is no part of the identity; but what was not watched must be made.
-    return None if cfg.trainer.watch_test and not watched else result
+    # These change no score, so they are no part of the identity; but what was not looked at must be made.
+    unwatched = cfg.trainer.watch_test and not watched
+    unmeasured = cfg.trainer.measure_leak and "oracle_sorted_auroc" not in result["metrics"]
+    return None if unwatched or unmeasured else result
 
 
 def expected_runs(experiment: str, overrides: Sequence[str] = ()) -> list[tuple[dict[str, Any], Path]]:

@@ -162,7 +162,7 @@ class OneClassData(LightningDataModule):
         self.images, self.prepare = images, prepare
         self.target = split.resolve(images, named)
         self.partition: Partition = split(images, self.target, seed)
-        self._batch_size, self._epoch_steps, self._score_batch_size = (
+        self.batch_size, self._epoch_steps, self._score_batch_size = (
             batch_size,
             epoch_steps,
             score_batch_size,
@@ -201,6 +201,11 @@ class OneClassData(LightningDataModule):
         pixels, _, _ = self.part(name, torch.device("cpu"))
         return self.prepare(pixels if positions is None else pixels[list(positions)])
 
+    def training_set(self, device: torch.device) -> Batch:
+        """All training images prepared, in their order, on ``device``."""
+        pixels, truth, index = self.part("train", device)
+        return Batch(self.prepare(pixels.to(device)), truth.to(device), index.to(device))
+
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
@@ -216,22 +221,22 @@ class OneClassData(LightningDataModule):
         entropy = [self._seed, epoch, stream] if stream else [self._seed, epoch]
         state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(state >> 1))
-        steps = max(len(positions) // self._batch_size, 1)
-        passes = 1 if steps >= self._epoch_steps else -(-self._epoch_steps * self._batch_size // len(positions))
+        steps = max(len(positions) // self.batch_size, 1)
+        passes = 1 if steps >= self._epoch_steps else -(-self._epoch_steps * self.batch_size // len(positions))
         order = torch.cat([positions[torch.randperm(len(positions), generator=generator)] for _ in range(passes)])
-        return order if passes == 1 else order[: self._epoch_steps * self._batch_size]
+        return order if passes == 1 else order[: self._epoch_steps * self.batch_size]
 
     def train_dataloader(self) -> Loader:
         """The coming epoch: a trainer has to ask anew for every one (``reload_dataloaders_every_n_epochs=1``)."""
         part = self.part("train", self._device())
-        return Loader(*part, self.prepare, self._batch_size, self._device(), order=self._order(), drop_last=True)
+        return Loader(*part, self.prepare, self.batch_size, self._device(), order=self._order(), drop_last=True)
 
     def further_batches(self) -> Iterator[Batch]:
         """Batches for `Detector.next_batch`, without end: orders of the epoch's own, apart from the training order."""
         part = self.part("train", self._device())
         for stream in itertools.count(1):
             order = self._order(stream)
-            yield from Loader(*part, self.prepare, self._batch_size, self._device(), order=order, drop_last=True)
+            yield from Loader(*part, self.prepare, self.batch_size, self._device(), order=order, drop_last=True)
 
     def val_dataloader(self) -> list[Loader]:
         """The held-out normals; behind them, with ``watch_test``, the test images."""

@@ -26,6 +26,10 @@ OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
 
 
+EXPLOSION = 1e3
+"""A loss that many times what it was in the first step (or above it, for losses below 1) is a divergence."""
+
+
 class Batch(NamedTuple):
     """Images ready for a network, what they truly are, and where they stand in their data set.
 
@@ -100,9 +104,17 @@ class Detector(LightningModule, ABC):
         self._optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] = {}
         self._scheduler: SchedulerFactory | None = None
         self._clip: float | None = None
+        self.step = 0
+        """Training steps done, for what happens every so many steps; a plain number, so asking does not wait."""
+        self.stages: Mapping[str, int] = {}
+        """Epochs of each stage of training, in order; ``model.budget.stages`` of the configuration."""
+        self.stage = ""
+        """Name of the stage that the current epoch belongs to; empty for methods without stages."""
         self._fit_finished = False
+        self._first_losses: dict[str, float] = {}
         self._further: Iterator[Batch] | None = None
         self._means: dict[str, tuple[Tensor, int]] = {}
+        self._first: dict[str, Tensor] = {}
         self._fitted: set[str] = set()
         self._evaluations: dict[str, list[tuple[Tensor, Tensor]]] = {}
         self._decisions: dict[str, list[Tensor]] = {}
@@ -138,8 +150,23 @@ class Detector(LightningModule, ABC):
     def after_fit(self, images: Tensor) -> None:
         """Called once after the last epoch with the prepared training images (N,C,H,W), on the device.
 
-        A method that has one is scored only then: its epochs have no ``val_score``.
+        A method that has one is scored only then, and its epochs have no ``val_score``, unless it says otherwise with
+        `scored_after_fit`.
         """
+
+    def after_epoch(self, done: int) -> None:
+        """Called after every epoch, ``done`` of them by then, before the checkpoint that holds what it finds.
+
+        In eval mode and without gradients. The place for what happens between epochs, such as looking for training
+        images to leave out (`training_set`, `set_fitted`, `train_indices`).
+        """
+
+    def set_aside(self) -> Mapping[str, Tensor]:
+        """Training images the method takes for anomalies: positions (n,) by the name of a round or a set.
+
+        Asked once after fitting. The run records the sets and, since it knows the truth, how right they are.
+        """
+        return {}
 
     def train_indices(self, epoch: int) -> Tensor | None:
         """Positions (n,) among the training images that take part in the zero-based ``epoch``; None for all.
@@ -207,6 +234,7 @@ class Detector(LightningModule, ABC):
             for player, loss in losses.items():
                 self.record(f"loss_{player}", loss)
         self.steps_done += 1
+        self.step += 1
         self.images_seen += len(batch.x)
 
     def minimise(self, losses: Mapping[str, Tensor]) -> None:
@@ -237,6 +265,8 @@ class Detector(LightningModule, ABC):
 
     def record(self, name: str, value: Tensor) -> None:
         """Add ``value`` (a scalar) to the epoch's mean of ``name``; read once an epoch, so the device never waits."""
+        if name not in self._first_losses:
+            self._first.setdefault(name, value.detach())
         total, count = self._means.get(name, (torch.zeros((), device=value.device), 0))
         self._means[name] = (total + value.detach().float(), count + 1)
 
@@ -245,6 +275,20 @@ class Detector(LightningModule, ABC):
         if self._further is None:
             self._further = self.trainer.datamodule.further_batches()  # type: ignore[attr-defined]
         return next(self._further)
+
+    def training_set(self) -> Batch:
+        """All prepared training images in their order, on the device; ``y`` is for reports here as well."""
+        return self.trainer.datamodule.training_set(self.device)  # type: ignore[attr-defined]
+
+    def stage_of(self, epoch: int) -> tuple[str, int]:
+        """Name of the stage of the zero-based ``epoch``, and how many epochs of that stage come before it."""
+        assert self.stages, f"{type(self).__name__} needs model.budget.stages"
+        *earlier, last = self.stages
+        for name in earlier:
+            if epoch < self.stages[name]:
+                return name, epoch
+            epoch -= self.stages[name]
+        return last, epoch  # past its end too: nothing comes behind it
 
     def epoch_means(self) -> dict[str, float]:
         """The means recorded so far in this epoch. Waits for the device."""
@@ -268,14 +312,15 @@ class Detector(LightningModule, ABC):
         images: makes the prepared training images (N,C,H,W) on the device; not called where no method asks.
         """
         self._continue_noise()
-        if not self._fit_finished and self._scored_after_fit:
+        if not self._fit_finished and type(self).after_fit is not Detector.after_fit:
             self.eval()
             with torch.no_grad():
                 self.after_fit(images())
         self._fit_finished = True
 
     @property
-    def _scored_after_fit(self) -> bool:
+    def scored_after_fit(self) -> bool:
+        """Whether ``score`` needs what `after_fit` finds, so that there is nothing to score before."""
         return type(self).after_fit is not Detector.after_fit
 
     def _continue_noise(self) -> None:
@@ -305,6 +350,8 @@ class Detector(LightningModule, ABC):
 
     def on_train_start(self) -> None:
         self._means.clear()
+        self._first.clear()
+        self.step = int(self.steps_done)
         self._continue_noise()
 
     def on_train_epoch_end(self) -> None:
@@ -317,19 +364,38 @@ class Detector(LightningModule, ABC):
         if "test" in self._evaluations:
             finite = bool(self.scores_of("test")[0].isfinite().all())
             row["oracle_auroc"] = self.test_metrics.compute()["auroc"] if finite else math.nan
-        for name, value in row.items():
-            if not math.isfinite(value):
-                raise Diverged(f"training diverged: {name} is {value} at epoch {row['epoch']}; lower the learning rate")
+        self._refuse_divergence(row)
         schedulers = self.lr_schedulers()
         if schedulers is not None:
             for scheduler in schedulers if isinstance(schedulers, list) else [schedulers]:
                 scheduler.step()  # type: ignore[call-arg]
         self.history.append(row)
         self.epochs_done += 1
+        if type(self).after_epoch is not Detector.after_epoch:
+            self.eval()
+            with torch.no_grad():
+                self.after_epoch(int(row["epoch"]))
+            self.train()
         for logger in self.trainer.loggers:
             logger.log_metrics({k: v for k, v in row.items() if k != "epoch"}, step=int(row["epoch"]))
 
+    def _refuse_divergence(self, row: Mapping[str, float]) -> None:
+        """Raise where training left the finite numbers, or its losses where they began by orders of magnitude."""
+        self._first_losses |= {name: value.item() for name, value in self._first.items()}
+        self._first.clear()
+        for name, value in row.items():
+            if not math.isfinite(value):
+                raise Diverged(f"training diverged: {name} is {value} at epoch {row['epoch']}; lower the learning rate")
+            first = self._first_losses.get(name)
+            if first is not None and abs(value) > EXPLOSION * max(abs(first), 1.0):
+                raise Diverged(
+                    f"training diverged: {name} was {first:.3g} in the first step and is {value:.3g} on average in "
+                    f"epoch {row['epoch']}; lower the learning rate"
+                )
+
     def on_train_epoch_start(self) -> None:
+        if self.stages:
+            self.stage = self.stage_of(int(self.epochs_done))[0]
         self._evaluations, self._decisions, self._further = {}, {}, None
         self._started = time.perf_counter()
 
@@ -346,7 +412,7 @@ class Detector(LightningModule, ABC):
 
     def validation_step(self, batch: Batch, batch_idx: int, dataloader_idx: int = 0) -> None:
         # The first loader holds the held-out normals; in training the second is there on request only.
-        if self._scored_after_fit and not self._fit_finished:
+        if self.scored_after_fit and not self._fit_finished:
             return
         self._evaluate("val" if dataloader_idx == 0 else "test", batch)
 
@@ -371,6 +437,7 @@ class Detector(LightningModule, ABC):
         checkpoint["anomaly_lab"] = {
             "history": self.history,
             "noise": self.noise.get_state(),
+            "first_losses": self._first_losses,
             "fit_finished": self._fit_finished,
             "fitted": sorted(self._fitted),
         }
@@ -378,6 +445,7 @@ class Detector(LightningModule, ABC):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         own = checkpoint["anomaly_lab"]
         self.history, self._fit_finished = own["history"], own["fit_finished"]
+        self._first_losses = own["first_losses"]
         self._noise_state = own["noise"].cpu()
         for name in own["fitted"]:
             self.set_fitted(name, torch.empty_like(checkpoint["state_dict"][name], device=self.device))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 
-from torch import Tensor, nn
+from torch import Generator, Tensor, nn
 
 
 def _halvings(size: int) -> int:
@@ -18,13 +18,21 @@ def _halvings(size: int) -> int:
     return int(math.log2(size)) - 2
 
 
-def init_dcgan(module: nn.Module) -> None:
+def init_dcgan(module: nn.Module, generator: Generator | None = None) -> None:
     """N(0, 0.02) for convolutions, N(1, 0.02) for batch norm's scale, 0 for its shift (Radford et al. 2016)."""
     if isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
-        nn.init.normal_(module.weight, 0.0, 0.02)
+        nn.init.normal_(module.weight, 0.0, 0.02, generator)
     elif isinstance(module, nn.BatchNorm2d):
-        nn.init.normal_(module.weight, 1.0, 0.02)
+        nn.init.normal_(module.weight, 1.0, 0.02, generator)
         nn.init.zeros_(module.bias)
+
+
+def _extra(width: int, layers: int, activation: nn.Module) -> list[nn.Module]:
+    return [
+        module
+        for _ in range(layers)
+        for module in (nn.Conv2d(width, width, 3, 1, 1, bias=False), nn.BatchNorm2d(width), activation)
+    ]
 
 
 class DCGANEncoder(nn.Sequential):
@@ -33,10 +41,14 @@ class DCGANEncoder(nn.Sequential):
     Args:
         channels: C of the image. size: S, a power of two from 8. width: channels after the first convolution, doubled
         by each further one. latent_size: d. tanh: bound the code to (-1, 1), else it is linear.
+        extra_layers: 3×3 convolutions with batch norm behind the first convolution (GANomaly's ``extralayers``).
     """
 
-    def __init__(self, channels: int, size: int, width: int, latent_size: int, *, tanh: bool) -> None:
+    def __init__(
+        self, channels: int, size: int, width: int, latent_size: int, *, tanh: bool, extra_layers: int = 0
+    ) -> None:
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 4, 2, 1, bias=False), nn.LeakyReLU(0.2)]
+        layers += _extra(width, extra_layers, nn.LeakyReLU(0.2))
         for _ in range(_halvings(size) - 1):
             layers += [
                 nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False),
@@ -58,9 +70,18 @@ class DCGANDecoder(nn.Sequential):
 
     Args:
         activation: the hidden layers' non-linearity: ``nn.ReLU()`` in DCGAN and GANomaly, leaky in shared autoencoders.
+        extra_layers: 3×3 convolutions with batch norm before the last transposed convolution.
     """
 
-    def __init__(self, channels: int, size: int, width: int, latent_size: int, activation: nn.Module) -> None:
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        width: int,
+        latent_size: int,
+        activation: nn.Module,
+        extra_layers: int = 0,
+    ) -> None:
         halvings = _halvings(size)
         wide = width * 2 ** (halvings - 1)
         layers: list[nn.Module] = [nn.Unflatten(1, (latent_size, 1, 1))]
@@ -76,9 +97,28 @@ class DCGANDecoder(nn.Sequential):
                 activation,
             ]
             wide //= 2
+        layers += _extra(wide, extra_layers, activation)
         super().__init__(*layers, nn.ConvTranspose2d(wide, channels, 4, 2, 1, bias=False), nn.Tanh())
         self.apply(init_dcgan)
 
     def forward(self, z: Tensor) -> Tensor:
         """(B,d) -> (B,C,S,S)"""
         return super().forward(z)
+
+
+class DCGANDiscriminator(nn.Module):
+    """The encoder's form with one output: a logit, real against fake, and the features it is made from.
+
+    Args: as in `DCGANEncoder`.
+    """
+
+    def __init__(self, channels: int, size: int, width: int, *, extra_layers: int = 0) -> None:
+        super().__init__()
+        *features, logit, flatten = DCGANEncoder(channels, size, width, 1, tanh=False, extra_layers=extra_layers)
+        self.features = nn.Sequential(*features)
+        self.logit = nn.Sequential(logit, flatten)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,C,S,S) -> logits (B,), features (B,width S/8,4,4)"""
+        features = self.features(x)
+        return self.logit(features).squeeze(1), features

@@ -31,16 +31,22 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.plugins.environments import LightningEnvironment
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
 from tqdm import tqdm
 
 from anomaly_lab import config, figures, metrics, tracking
-from anomaly_lab.data import OneClassData, Prepare
+from anomaly_lab.data import Loader, OneClassData, Prepare
 from anomaly_lab.detector import Detector, Diverged
 from anomaly_lab.files import write_whole
 
 log = logging.getLogger(__name__)
 
 SCHEMA = 1
+
+COLLAPSED = 1e-6
+"""Reconstructions that differ from image to image by less than that share of their own size are one and the same."""
+
+HARDLY_BEGUN = 100  # steps
 
 
 def stream(seed: int, purpose: str) -> int:
@@ -165,17 +171,29 @@ def make_detector(cfg: DictConfig, image_shape: Sequence[int]) -> Detector:
         raise ValueError(f"model={cfg.choices.model}: model.detector._target_ must name a subclass of Detector")
     optimizer, scheduler = (instantiate(cfg.model[key], _convert_="all") for key in ("optimizer", "scheduler"))
     detector.optimise_with(optimizer, scheduler, cfg.model.clip)
+    detector.stages = _stages(cfg)
     return detector
+
+
+def _stages(cfg: DictConfig) -> dict[str, int]:
+    """Epochs of each stage of training, in order; empty for methods without stages."""
+    stages = dict(cfg.model.budget.get("stages") or {})
+    for name, epochs in stages.items():
+        if type(epochs) is not int or epochs < 0:
+            raise ValueError(f"model.budget.stages.{name}={epochs}: give a whole number of epochs from 0")
+    return stages
 
 
 def _epochs(cfg: DictConfig, data: OneClassData) -> int:
     """The budget in whole epochs; a budget of steps is rounded up."""
-    budget = cfg.model.budget
-    if (budget.epochs is None) == (budget.steps is None):
-        raise ValueError("give model.budget either epochs or steps, and null for the other")
+    budget, stages = cfg.model.budget, _stages(cfg)
+    if (budget.epochs is not None) + (budget.steps is not None) + bool(stages) != 1:
+        raise ValueError("give model.budget one of epochs, steps and stages, and null for the others")
     for name in ("epochs", "steps"):
         if budget[name] is not None and (type(budget[name]) is not int or budget[name] < 0):
             raise ValueError(f"model.budget.{name}={budget[name]}: give a whole number from 0")
+    if stages:
+        return sum(stages.values())
     return int(budget.epochs) if budget.steps is None else math.ceil(budget.steps / len(data.train_dataloader()))
 
 
@@ -367,7 +385,9 @@ def _make(
     assert np.array_equal(index, partition.test), "test images came in another order than they were asked for"
     if np.ptp(score) == 0:
         raise Diverged(f"training collapsed: every test image has the score {score[0]}; lower the learning rate")
+    _refuse_collapse(detector, data)
     threshold = metrics.threshold_from_normals(val_score, cfg.trainer.threshold_quantile)
+    decided = detector.decisions_of("test")
     oracle = [row["oracle_auroc"] for row in detector.history if "oracle_auroc" in row]
     arrays: dict[str, Any] = {
         "score": score.astype(np.float32),
@@ -386,11 +406,11 @@ def _make(
         "role": split.role,
         "image_shape": list(data.image_shape),
         "stored_shape": list(data.images.pixels.shape[1:]),
-        "metrics": metrics.evaluate(
-            score, partition.test_truth, threshold=threshold, decided=detector.decisions_of("test")
-        )
+        "metrics": metrics.evaluate(score, partition.test_truth, threshold=threshold, decided=decided)
         | {"threshold": threshold, "val_score": float(val_score.mean(dtype=np.float64))}
-        | {"oracle_auroc": max(oracle, default=None)},
+        | {"oracle_auroc": max(oracle, default=None)}
+        | (_batch_norm_leak(detector.to(device), data, device) if cfg.trainer.measure_leak else {}),
+        "by_kind": _by_kind(cfg, data, score, threshold, decided),
         "partition": {
             "fingerprint": partition.fingerprint,
             "version": split.version,
@@ -410,6 +430,7 @@ def _make(
         "seconds": {"fit": round(seconds, 3), "score": round(score_seconds, 3)},
         "images_per_second": round(int(detector.images_seen) / seconds, 1) if seconds else None,
         "peak_memory_mb": round(memory, 1),
+        "set_aside": _set_aside(detector, data, out),
         "epochs": int(detector.epochs_done),
         "steps": int(detector.steps_done),
         "history": detector.history,
@@ -418,6 +439,104 @@ def _make(
     tracker.publish(result, out / "figures", arrays)  # before the run counts as done: a killed one shows it again
     write_json(out / "result.json", result)
     return result
+
+
+def _refuse_collapse(detector: Detector, data: OneClassData) -> None:
+    """Raise where a method that reconstructs gives the same image for every image; no label is looked at."""
+    if detector.step < HARDLY_BEGUN:
+        return  # weights of 0.02 say almost the same of every image until they have grown
+    images = data.prepared("val", range(min(64, len(data.partition.val)))).to(detector.device)  # (B,C,S,S)
+    detector.eval()
+    with torch.no_grad():
+        rebuilt = detector.reconstruct(images)
+    if rebuilt is None or images.std(0).max() == 0:
+        return
+    if rebuilt.std(0).max() < COLLAPSED * rebuilt.abs().mean():
+        raise Diverged(
+            f"training collapsed: {len(images)} different held-out images have the same reconstruction; "
+            "lower the learning rate"
+        )
+
+
+def _by_kind(
+    cfg: DictConfig, data: OneClassData, score: np.ndarray, threshold: float | None, decided: torch.Tensor | None
+) -> dict[str, Any]:
+    """Metrics on all test normals and some of the anomalies.
+
+    ``auroc`` holds one number for each class of anomalies. Where contaminating classes are named, ``seen`` holds all
+    metrics for those, ``unseen`` for the others; they are named at rate 0 as well, for comparison.
+    """
+    truth, labels = data.partition.test_truth, data.images.labels[data.partition.test]
+    names = data.images.class_names
+
+    def chosen(kinds: Sequence[int]) -> np.ndarray:
+        return (truth == 0) | np.isin(labels, kinds)
+
+    kinds = np.unique(labels[truth == 1]).tolist()
+    found: dict[str, Any] = {
+        "auroc": {names[kind]: metrics.auroc(score[some], truth[some]) for kind in kinds for some in [chosen([kind])]}
+    }
+    split = instantiate(cfg.split)
+    if split.contamination.classes is not None:
+        seen = split.contaminating(data.images, data.target)
+        for name, group in (("seen", seen), ("unseen", [kind for kind in kinds if kind not in seen])):
+            some = chosen(group)
+            if truth[some].any():
+                rule = None if decided is None else decided.numpy()[some]
+                found[name] = metrics.evaluate(score[some], truth[some], threshold=threshold, decided=rule)
+    return found
+
+
+def _set_aside(detector: Detector, data: OneClassData, out: Path) -> list[dict[str, Any]]:
+    """What the method set aside, a row a set, with its true precision and recall; the images in set_aside.npz."""
+    sets = {name: positions.cpu().numpy() for name, positions in detector.set_aside().items()}
+    if not sets:
+        return []
+    partition, rows = data.partition, []
+    anomalous = int(partition.train_truth.sum())
+    for name, positions in sets.items():
+        right = int(partition.train_truth[positions].sum())
+        rows.append(
+            {
+                "name": name,
+                "images": len(positions),
+                "precision": right / len(positions) if len(positions) else None,
+                "recall": right / anomalous if anomalous else None,
+            }
+        )
+    arrays: dict[str, Any] = {name: partition.train[positions] for name, positions in sets.items()}
+    write_whole(out / "set_aside.npz", lambda file: np.savez_compressed(file, **arrays))
+    return rows
+
+
+def _batch_norm_leak(detector: Detector, data: OneClassData, device: torch.device) -> dict[str, float]:
+    """AUROC of scores taken with batch norm in training mode: on the test set mixed, and sorted by truth.
+
+    The second is what published code of GANomaly's family does: a batch of only normals, or only anomalies, is
+    normalised by its own statistics, so its members' scores know their neighbours' label. Never a result.
+    """
+    layers = [module for module in detector.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    momenta = [layer.momentum for layer in layers]
+    _, truth, _ = data.part("test", device)
+    by_truth = torch.argsort(truth.cpu(), stable=True)
+    mixed = torch.from_numpy(np.random.RandomState(0).permutation(len(truth)))
+    found = {}
+    try:
+        detector.eval()
+        for layer in layers:
+            layer.train()
+            layer.momentum = 0.0  # the running statistics stay as they are
+        for name, order in (("oracle_shuffled_auroc", mixed), ("oracle_sorted_auroc", by_truth)):
+            loader = Loader(*data.part("test", device), data.prepare, data.batch_size, device, order=order)
+            with torch.no_grad():
+                scored = [(detector.score(batch.x).float().cpu(), batch.y.cpu()) for batch in loader]
+            score, y = (torch.cat(tensors).numpy() for tensors in zip(*scored, strict=True))
+            found[name] = metrics.auroc(score, y)
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            layer.momentum = momentum
+        detector.eval()
+    return found
 
 
 def _draw(detector: Detector, data: OneClassData, score: np.ndarray, result: Mapping[str, Any], folder: Path) -> None:

@@ -245,16 +245,9 @@ class Split(ABC):
         self, images: Images, pool: Indices, anomalous: list[int], target: str, normals: int, seed: int
     ) -> Indices:
         """Anomalies to train on beside so many normals, out of the pool."""
-        rate, wanted = self.contamination.rate, self.contamination.classes
-        if wanted is not None:
-            members = {index: self._members(images, index) for index in range(len(self.classes(images)))}
-            valid = {index for index, labels in members.items() if set(labels) <= set(anomalous)}
-            chosen = [self._index(images, named) for named in wanted]
-            if wrong := [named for named, index in zip(wanted, chosen, strict=True) if index not in valid]:
-                names = ", ".join(f"{self.classes(images)[index]} ({index})" for index in sorted(valid))
-                raise ValueError(f"contamination class {wrong[0]!r} is not anomalous here: choose among {names}")
-            labels = [label for index in chosen if index is not None for label in members[index]]
-            pool = pool[np.isin(images.labels[pool], labels)]
+        rate = self.contamination.rate
+        if self.contamination.classes is not None:
+            pool = pool[np.isin(images.labels[pool], self._named_labels(images, anomalous))]
         count = round(rate * normals / (1 - rate))
         if count > len(pool):
             raise ValueError(
@@ -262,6 +255,25 @@ class Split(ABC):
                 f"has {len(pool)} to give: lower the rate or split.max_train, or allow more classes"
             )
         return self._draw(images, pool, count, f"contamination of {target}", seed)
+
+    def contaminating(self, images: Images, target: int) -> list[int]:
+        """The labels that contamination may come from, with class number `target` named as in `__call__`.
+
+        Raises ValueError when a class that `contamination.classes` names is not anomalous.
+        """
+        _, anomalous = self._sides(images, target)
+        return anomalous if self.contamination.classes is None else self._named_labels(images, anomalous)
+
+    def _named_labels(self, images: Images, anomalous: list[int]) -> list[int]:
+        wanted = self.contamination.classes
+        assert wanted is not None
+        members = {index: self._members(images, index) for index in range(len(self.classes(images)))}
+        valid = {index for index, labels in members.items() if set(labels) <= set(anomalous)}
+        chosen = [self._index(images, named) for named in wanted]
+        if wrong := [named for named, index in zip(wanted, chosen, strict=True) if index not in valid]:
+            names = ", ".join(f"{self.classes(images)[index]} ({index})" for index in sorted(valid))
+            raise ValueError(f"contamination class {wrong[0]!r} is not anomalous here: choose among {names}")
+        return [label for index in chosen if index is not None for label in members[index]]
 
     def _assert_sound(
         self, truth: NDArray[np.bool_], train: Indices, val: Indices, test: Indices, added: Indices

@@ -85,7 +85,7 @@ def lab(
         ("dataset=image_folder dataset.name=mine dataset.path=mine", "dataset.path=mine is not a folder"),
         ("+model.detector.typo=1", "unexpected keyword argument 'typo'"),
         ("model.detector._target_=anomaly_lab.typo.Typo", "Error locating target 'anomaly_lab.typo.Typo'"),
-        ("model.budget.steps=3", "give model.budget either epochs or steps"),
+        ("model.budget.steps=3", "give model.budget one of epochs, steps and stages"),
         ("trainer.accelerator=abacus", "You selected an invalid accelerator name"),
     ],
 )

@@ -54,6 +54,7 @@ def test_what_can_change_a_result_makes_another_run(override: str) -> None:
         "trainer.threads=1",
         "trainer.progress=false",
         "trainer.watch_test=true",
+        "trainer.measure_leak=true",
         "trainer.score_batch_size=7",
     ],
 )

@@ -118,13 +118,13 @@ def test_a_method_without_gradients_fits_the_contract(data: OneClassData, tmp_pa
 def test_players_have_their_own_optimisers_and_schedules(data: OneClassData, tmp_path: Path) -> None:
     detector = Noisy(
         data.image_shape,
-        optimizer={"first": sgd(0.1), "second": sgd(0.01)},
+        optimizer={"first": sgd(0.01), "second": sgd(0.001)},
         scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1),
     )
     detector.seed_noise(1)
     trainer(tmp_path, 2).fit(detector, data)
-    np.testing.assert_allclose(detector.rates[0], [0.1, 0.01])
-    np.testing.assert_allclose(detector.rates[-1], [0.01, 0.001])
+    np.testing.assert_allclose(detector.rates[0], [0.01, 0.001])
+    np.testing.assert_allclose(detector.rates[-1], [0.001, 0.0001])
     assert int(detector.epochs_done) == 2 and int(detector.steps_done) == len(detector.rates)
     assert [set(row) for row in detector.history] == [
         {"epoch", "loss_first", "loss_second", "seconds", "val_score"}

@@ -222,7 +222,7 @@ def test_half_a_file_is_never_left_behind(tmp_path: Path) -> None:
         (["abnormal_class=3"], "write normal_class=3"),
         (["model.batch_size=1"], "at least 2"),
         (["model.budget.epoch_steps=0"], "at least one step"),
-        (["model.budget.steps=10"], "either epochs or steps"),
+        (["model.budget.steps=10"], "one of epochs, steps and stages"),
         (["model.input.fit=crop"], "choose pad or resize"),
         (["model.input.channels=2"], "choose 1, 3 or null"),
         (["model.input.range=[1,0]"], "two growing numbers"),
