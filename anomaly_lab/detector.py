@@ -107,7 +107,7 @@ class Detector(LightningModule, ABC):
         self.step = 0
         """Training steps done, for what happens every so many steps; a plain number, so asking does not wait."""
         self.stages: Mapping[str, int] = {}
-        """Epochs of each stage of training, in order; ``model.budget.stages`` of the configuration."""
+        """Epochs of each stage of training, in order; see `plan`."""
         self.stage = ""
         """Name of the stage that the current epoch belongs to; empty for methods without stages."""
         self._fit_finished = False
@@ -210,6 +210,14 @@ class Detector(LightningModule, ABC):
             clip: largest L2 norm of one player's gradient; None does not clip.
         """
         self._optimizer, self._scheduler, self._clip = optimizer, scheduler, clip
+
+    def plan(self, stages: Mapping[str, int]) -> None:
+        """Which stages training has, by name and epochs, in order: ``model.budget.stages``.
+
+        Raises:
+            ValueError: a method with stages of its own is given others.
+        """
+        self.stages = stages
 
     def player_parameters(self, player: str) -> list[nn.Parameter]:
         """The parameters that ``player`` owns, each once."""

@@ -17,8 +17,11 @@ from anomaly_lab.methods.shared_autoencoder import EncoderDecoderEncoder, Shared
 from anomaly_lab.run import make_detector
 
 # Sizes at which a method is quick to test; each model takes those it has.
-SHRINK = {"model.detector.width": 4}
-REDUCED = {"detector.width", "budget.epochs"}
+SHRINK = {"model.detector.width": 4, "model.detector.critic_width": 4}
+REDUCED = {
+    *("detector.width", "detector.critic_width", "budget.epochs"),
+    *(f"budget.stages.{stage}" for stage in ("pretrain", "detect", "retrain")),
+}
 """What a small size may reduce."""
 
 MODELS = sorted(path.stem for path in (config.CONFIG_DIR / "model").glob("*.yaml"))
@@ -33,6 +36,9 @@ def detector(model: str, *overrides: str, shape: tuple[int, int, int] = (1, 32, 
     generator = torch.Generator().manual_seed(1)
     for buffer in (b for name, b in made.named_buffers() if name.endswith(("running_mean", "running_var"))):
         buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
+    if made.scored_after_fit:
+        with torch.no_grad():
+            made.eval().after_fit(images(30, shape, seed=2))
     return made.train()
 
 

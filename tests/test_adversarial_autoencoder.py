@@ -1,0 +1,237 @@
+"""The three methods of Beggel et al. (2019): equations, the decision rule, what is rejected and what comes back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import DictConfig
+from test_methods import batch, detector, images
+from test_run import Stop, Weights, comparable, scores
+from torch import Tensor
+
+from anomaly_lab import config
+from anomaly_lab.detector import Diverged
+from anomaly_lab.methods.adversarial_autoencoder import (
+    AdversarialAutoencoder,
+    DenseAutoencoder,
+    IterativeTrainingSetRefinement,
+    training_rank,
+)
+from anomaly_lab.run import run
+
+STAGES = "model.budget.stages={pretrain:2,detect:4,retrain:2}"
+
+
+def tiny(runs: Path, model: str, *overrides: str) -> DictConfig:
+    """Two detection rounds of two epochs each between two epochs before and after, on contaminated digits."""
+    sizes = ["model.detector.width=16", "model.batch_size=32"]
+    if model == "itsr":
+        sizes += ["model.detector.rounds=2", "model.detector.nu=0.1", STAGES]
+    where = [f"runs={runs}", f"data_dir={runs.parent / 'data'}", "trainer.progress=false"]
+    dirty = ["split.contamination.rate=0.1", "split.contamination.classes=[7]"]
+    return config.compose([f"model={model}", *sizes, *where, *dirty, *overrides])
+
+
+# Equations ----------------------------------------------------------------------------------------------------------
+
+
+def test_the_plain_autoencoder_is_its_squared_error() -> None:
+    made, x = detector("autoencoder_beggel"), images()
+    assert isinstance(made, DenseAutoencoder)
+    rebuilt = made.decoder(made.encoder(x))
+    error = ((x - rebuilt) ** 2).mean(dim=(1, 2, 3))
+    (losses,) = made.plays(batch())
+    torch.testing.assert_close(losses["autoencoder"], error.mean())
+    torch.testing.assert_close(made.score(x), error)
+    assert made.decide(x) is None, "no threshold before fitting"
+    made.after_fit(x)
+    decided = made.decide(x)
+    assert decided is not None and decided.tolist() == (error > error.quantile(0.9)).tolist() and decided.any()
+
+
+def adversarial(model: str = "aae", *overrides: str) -> AdversarialAutoencoder:
+    made = detector(model, *overrides)
+    assert isinstance(made, AdversarialAutoencoder)
+    return made
+
+
+def test_the_three_plays_are_reconstruction_critic_and_encoder() -> None:
+    made, x = adversarial(), images()
+    made.seed_noise(3)
+    plays = made.plays(batch())
+    first, second, third = (next(plays) for _ in range(3))
+    assert [list(losses) for losses in (first, second, third)] == [["autoencoder"], ["critic"], ["encoder"]]
+    torch.testing.assert_close(first["autoencoder"], ((x - made.reconstruct(x)) ** 2).mean())
+    prior = torch.randn(8, 2, generator=torch.Generator().manual_seed(3))
+    on_prior, on_codes = (torch.sigmoid(made.critic(code)) for code in (prior, made.encoder(x)))
+    torch.testing.assert_close(second["critic"], -on_prior.log().mean() - (1 - on_codes).log().mean())
+    torch.testing.assert_close(third["encoder"], -on_codes.log().mean())
+
+
+@pytest.mark.parametrize("model", ["aae", "itsr"])
+def test_the_score_at_nine_tenths_is_the_papers_rule(model: str) -> None:
+    made, training = adversarial(model).eval(), images(200, seed=5)
+    made.after_fit(training)
+    error = ((training - made.reconstruct(training)) ** 2).mean(dim=(1, 2, 3))
+    likelihood = torch.distributions.MultivariateNormal(torch.zeros(2), torch.eye(2)).log_prob(made.encoder(training))
+    rule = (error > error.quantile(0.9)) | (likelihood < likelihood.quantile(0.1))
+    assert 0 < rule.sum() < len(rule)
+    assert torch.equal(made.decide(training), rule)
+    assert torch.equal(made.score(training) > 0.9, rule)
+    far = made.score(torch.stack([3 * training[0], 30 * training[0]]))
+    assert 1 < far[0] < far[1], "beyond all training images, scores still differ"
+
+
+def test_training_ranks_rise_with_the_value_and_meet_the_quantiles() -> None:
+    ordered = torch.tensor([1.0, 2.0, 2.0, 4.0, 8.0])
+    values = torch.tensor([-6.0, 1.0, 1.5, 2.0, 3.0, 8.0, 15.0])
+    rank = training_rank(values, ordered)
+    torch.testing.assert_close(rank, torch.tensor([-1.0, 0.0, 0.125, 0.25, 0.625, 1.0, 2.0]))
+    for q in (0.1, 0.5, 0.6, 0.9):
+        above = torch.linspace(0, 10, 41)
+        assert torch.equal(training_rank(above, ordered) > q, above > ordered.quantile(q)), q
+
+
+def test_sizes_are_the_papers() -> None:
+    full = ["model.detector.width=1000"]
+    plain = detector("autoencoder_beggel", *full, shape=(1, 28, 28))
+    aae = adversarial("aae", *full, "model.detector.critic_width=1000")
+    hidden = 784 * 1000 + 1000 + 1000 * 1000 + 1000
+    count = [sum(p.numel() for p in network.parameters()) for network in (plain.encoder, plain.decoder)]
+    assert count == [hidden + 32 * 1000 + 32, 32 * 1000 + 1000 + 1000 * 1000 + 1000 + 784 * 1000 + 784]
+    assert sum(p.numel() for p in aae.critic.parameters()) == 2 * 1000 + 1000 + 1000 * 1000 + 1000 + 1000 + 1
+    assert sum(isinstance(layer, torch.nn.BatchNorm1d) for layer in aae.encoder) == 2
+    assert not any(isinstance(layer, torch.nn.BatchNorm1d) for layer in (*plain.encoder, *aae.decoder, *aae.critic))
+
+
+# Refinement ---------------------------------------------------------------------------------------------------------
+
+
+def refinement(**buffers: Tensor) -> IterativeTrainingSetRefinement:
+    made = detector("itsr", "model.detector.w_anomaly=-0.5", "model.detector.adversarial_cap=0.6")
+    assert isinstance(made, IterativeTrainingSetRefinement)
+    for name, value in buffers.items():
+        made.set_fitted(name, value)
+    return made
+
+
+def test_negative_weights_turn_the_losses_of_likely_anomalies_round() -> None:
+    made, x = refinement(repelled_index=torch.tensor([2, 5])), images()
+    w = torch.tensor([1, 1, -0.5, 1, 1, -0.5, 1, 1])
+    made.seed_noise(3)
+    plays = made.plays(batch())
+    first, second, third = (next(plays) for _ in range(3))
+    error = ((x - made.reconstruct(x)) ** 2).mean(dim=(1, 2, 3))
+    torch.testing.assert_close(first["autoencoder"], (w * error).mean())
+    d = torch.sigmoid(made.critic(made.encoder(x))).squeeze(1)
+
+    def capped(term: Tensor) -> Tensor:
+        return torch.where(w < 0, term.clamp(max=0.6), term)
+
+    torch.testing.assert_close(third["encoder"], (w * capped(-d.log())).mean())
+    prior = torch.sigmoid(made.critic(torch.randn(8, 2, generator=torch.Generator().manual_seed(3))))
+    torch.testing.assert_close(second["critic"], -prior.log().mean() + (w * capped(-(1 - d).log())).mean())
+
+
+def test_rejected_images_are_left_out_of_the_batch_and_the_worst_come_back() -> None:
+    made = refinement(
+        rejected_in=torch.tensor([0, 1, 0, 2, 2, 0]), repelled=torch.tensor([False, True, False, False, True, False])
+    )
+    assert made.train_indices(0).tolist() == [0, 1, 2, 4, 5]
+    made.rounds = 2
+    sets = {name: positions.tolist() for name, positions in made.set_aside().items()}
+    assert sets == {"round 1": [1], "round 2": [1, 3, 4], "repelled": [1, 4]}
+
+
+@pytest.fixture(scope="module")
+def refined(tmp_path_factory: pytest.TempPathFactory) -> tuple[DictConfig, dict[str, Any], Weights]:
+    cfg, weights = tiny(tmp_path_factory.mktemp("refined") / "runs", "itsr"), Weights()
+    result = run(cfg, [weights])
+    assert result is not None
+    return cfg, result, weights
+
+
+def test_a_run_records_what_was_rejected_and_how_right_it_was(
+    refined: tuple[DictConfig, dict[str, Any], Weights],
+) -> None:
+    cfg, result, _ = refined
+    with np.load(config.run_dir(cfg) / "set_aside.npz") as file:
+        sets = {name: file[name] for name in file}
+    assert [row["name"] for row in result["set_aside"]] == ["round 1", "round 2", "repelled"]
+    train = result["partition"]["train"]
+    assert 0.05 * train < len(sets["round 1"]) < 0.2 * train, "about nu of the images in use"
+    assert set(sets["round 1"]) < set(sets["round 2"]) and set(sets["repelled"]) < set(sets["round 2"])
+    labels = config.load_images(cfg).labels
+    for row in result["set_aside"]:
+        anomalous = (labels[sets[row["name"]]] == 7).sum()
+        assert row["images"] == len(sets[row["name"]])
+        assert row["precision"] == pytest.approx(anomalous / row["images"])
+        assert row["recall"] == pytest.approx(anomalous / result["partition"]["train_anomalous"])
+
+
+def test_it_is_tested_on_seen_and_unseen_kinds_by_the_papers_rule(
+    refined: tuple[DictConfig, dict[str, Any], Weights],
+) -> None:
+    cfg, result, _ = refined
+    written = scores(cfg)
+    normal, seen = written["truth"] == 0, written["label"] == 7
+    rule = written["score"] > 0.9
+    for name, anomalies in (("seen", seen), ("unseen", ~normal & ~seen)):
+        expected = (rule[anomalies].mean() + (~rule[normal]).mean()) / 2
+        assert result["by_kind"][name]["balanced_accuracy"] == pytest.approx(expected)
+    assert set(result["by_kind"]["auroc"]) == {str(digit) for digit in range(1, 10)}
+
+
+@pytest.mark.parametrize("model", ["itsr", "aae", "autoencoder_beggel"])
+def test_stopped_anywhere_it_resumes_to_the_same_bits(
+    model: str, tmp_path: Path, refined: tuple[DictConfig, dict[str, Any], Weights]
+) -> None:
+    overrides = [] if model == "itsr" else ["model.budget.epochs=4"]
+    if model == "itsr":
+        straight, undisturbed, whole = refined
+    else:
+        straight, whole = tiny(tmp_path / "straight", model, *overrides), Weights()
+        undisturbed = run(straight, [whole])  # type: ignore[assignment]
+    broken, weights = tiny(tmp_path / "broken", model, *overrides), Weights()
+    steps = undisturbed["steps"] // undisturbed["epochs"]
+    # For itsr: before the first round, inside the first and the second round, and in retraining.
+    for after in (steps + 1, steps + 2, 2 * steps + 1, 2 * steps) if model == "itsr" else (steps + 1, 2):
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(broken, [Stop(after)])
+    resumed = run(broken, [weights])
+    assert resumed is not None
+    assert comparable(resumed["history"]) == comparable(undisturbed["history"])
+    for name, tensor in whole.weights.items():
+        assert torch.equal(tensor, weights.weights[name]), name
+    for name, array in scores(straight).items():
+        assert np.array_equal(array, scores(broken)[name]), name
+    assert resumed["set_aside"] == undisturbed["set_aside"] and resumed["by_kind"] == undisturbed["by_kind"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.detector.rounds=0"], "rounds=0: detect in at least one round"),
+        (["model.detector.nu=1"], "nu=1: choose a share"),
+        (["model.detector.retrain_quantile=80"], "retrain_quantile=80: choose a number from 0 to 1"),
+        (["model.detector.w_anomaly=0.1"], "w_anomaly=0.1: .* choose 0 or less"),
+        (["model.budget.stages.detect=15"], "whole epochs for each of the 10 rounds, not 500 and 15"),
+        (["+model.budget.stages.more=1"], "are pretrain, detect and retrain, in this order"),
+        (["model.budget.stages.retrain=-1"], "stages.retrain=-1: give a whole number of epochs"),
+    ],
+)
+def test_a_wrong_option_is_named_with_the_right_ones(overrides: list[str], message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        detector("itsr", *overrides)
+
+
+def test_dead_networks_are_a_recorded_failure(tmp_path: Path) -> None:
+    cfg = tiny(tmp_path, "aae", "model.optimizer.autoencoder.lr=1000", "model.budget.epochs=30", "model.batch_size=16")
+    with pytest.raises(Diverged, match=r"training (collapsed|diverged)"):
+        run(cfg)
+    assert "Diverged" in json.loads((config.run_dir(cfg) / "failure.json").read_text())["error"]
