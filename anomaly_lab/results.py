@@ -74,6 +74,13 @@ COLUMNS: dict[str, type | str] = {
     "path": _TEXT,
     "images": _TEXT,
     "settings": _TEXT,
+    "auroc_seen": float,
+    "auroc_unseen": float,
+    "balanced_accuracy_seen": float,
+    "balanced_accuracy_unseen": float,
+    "oracle_shuffled_auroc": float,
+    "oracle_sorted_auroc": float,
+    "set_aside": _TEXT,
 }
 _METRICS = (
     *(
@@ -86,7 +93,7 @@ _METRICS = (
         "f1",
         "precision",
     ),
-    *("recall", "val_score", "oracle_auroc"),
+    *("recall", "val_score", "oracle_auroc", "oracle_shuffled_auroc", "oracle_sorted_auroc"),
 )
 
 # How many one-class problems a protocol has: a mean over fewer is not the mean that papers publish.
@@ -267,6 +274,13 @@ def _row(folder: Path, path: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
             # Checksums of the data set and of everything that could change the result.
             "images": str((result.get("settings") or {}).get("images") or "")[:12],
             "settings": _digest(result["settings"]) if result.get("settings") else "",
+            # The kinds of anomaly that contaminate the training set and the others; what the method set aside.
+            **{
+                f"{name}_{kind}": _number(((result.get("by_kind") or {}).get(kind) or {}).get(name))
+                for name in ("auroc", "balanced_accuracy")
+                for kind in ("seen", "unseen")
+            },
+            "set_aside": json.dumps(result["set_aside"], separators=(",", ":")) if result.get("set_aside") else "",
         }
         if row["auroc"] is None:
             raise ValueError("no AUROC in it")
@@ -800,6 +814,87 @@ def _tests(comparisons: Sequence[Comparison]) -> tuple[list[list[str]], int]:
     return rows, len(comparisons) - len(rows)
 
 
+class _Extra(NamedTuple):
+    """A further table of a section: what it shows, its header and its rows, the first cell of each a method."""
+
+    note: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def _extras(frame: pd.DataFrame) -> list[_Extra]:
+    """Tables that only some runs have something for: kinds of anomaly, images set aside, what batch norm leaks."""
+    makers = {
+        "auroc_seen": _kinds,
+        "set_aside": _sets_aside,
+        "oracle_sorted_auroc": _leaks,
+    }
+    found = []
+    for column, make in makers.items():
+        part = frame[frame[column].notna() & (frame[column] != "")]
+        if len(part):
+            found.append(make(part))
+    return found
+
+
+def _kinds(frame: pd.DataFrame) -> _Extra:
+    header = ["method", "class", "seed", "AUROC", "seen", "unseen", "bal. acc. seen", "unseen", "epochs"]
+    rows: list[list[str]] = []
+    for run in frame.itertuples():
+        values = [run.auroc, run.auroc_seen, run.auroc_unseen, run.balanced_accuracy_seen, run.balanced_accuracy_unseen]
+        texts = ["n/a" if math.isnan(value) else f"{value:.3f}" for value in values]
+        rows.append([run.label, run.class_name, str(run.seed), *texts, str(run.epochs)])
+        figures = [
+            _published_kind(run.published_as, run.dataset, run.split, run.problem, kind) for kind in ("seen", "unseen")
+        ]
+        if any(figures):
+            size = ", full size" if run.model.endswith("_small") else ""
+            status = ", ".join(sorted({figure.status for figure in figures if figure}))
+            texts = [f"{figure.value:.2f}" if figure else "" for figure in figures]
+            rows.append([f"published ({status}{size})", "", "", "", "", "", *texts, ""])
+    note = (
+        "The anomalies apart: those of the kinds that contaminate the training set (seen; named at rate 0 as well) and "
+        "the others (unseen), each against all test normals."
+    )
+    return _Extra(note, header, rows)
+
+
+def _published_kind(method: str, dataset: str, split: str, problem: str, kind: str) -> Published | None:
+    """The published balanced accuracy of a method on contaminated data, tested on one kind of anomaly."""
+    for row in _published_rows():
+        where = (row["model"], row["dataset"], row["split"], row["metric"], row["setting"])
+        if where == (method, dataset, split, "balanced_accuracy", f"{problem} {kind}"):
+            return Published(float(row["value"]), row["status"], row["setting"], row["source"])
+    return None
+
+
+def _sets_aside(frame: pd.DataFrame) -> _Extra:
+    rows = []
+    for run in frame.itertuples():
+        for entry in json.loads(run.set_aside):
+            shares = ["n/a" if entry[name] is None else f"{entry[name]:.3f}" for name in ("precision", "recall")]
+            rows.append([run.label, run.class_name, str(run.seed), entry["name"], str(entry["images"]), *shares])
+    note = (
+        "Training images that a method took for anomalies, with the share of true ones among them (precision) and the "
+        "share of the true ones that it found (recall); no method sees either."
+    )
+    return _Extra(note, ["method", "class", "seed", "set", "images", "precision", "recall"], rows)
+
+
+def _leaks(frame: pd.DataFrame) -> _Extra:
+    rows = []
+    for run in frame.itertuples():
+        mixed, by_truth = run.oracle_shuffled_auroc, run.oracle_sorted_auroc
+        texts = [f"{value:.3f}" for value in (run.auroc, mixed, by_truth)]
+        rows.append([run.label, run.class_name, str(run.seed), *texts, _signed(by_truth - run.auroc)])
+    note = (
+        "What batch norm in training mode would have given: the honest AUROC, that of scores taken in mixed batches "
+        "normalised by their own statistics, and that of batches of a test set sorted by truth, where these statistics "
+        "know the label. The last two are no results."
+    )
+    return _Extra(note, ["method", "class", "seed", "AUROC", "mixed", "sorted", "sorted - honest"], rows)
+
+
 _TESTS_HEADER = ["method", "against", "pairs", "mean difference", "p", "p (Holm)"]
 _TESTS_NOTE = (
     "Wilcoxon signed-rank tests, two-sided, paired over (class, seed), "
@@ -840,6 +935,9 @@ def _markdown_section(section: Section, oracle: bool, folder: str) -> str:
             *_markdown_table(header, [[f"`{row[0]}`", *row[1:]] for row in summary]),
             "",
         ]
+    for extra in _extras(section.frame):
+        named = [[row[0] if row[0].startswith("published") else f"`{row[0]}`", *row[1:]] for row in extra.rows]
+        out += [extra.note, "", *_markdown_table(extra.header, named), ""]
     tests, few = _tests(section.comparisons)
     if tests:
         body = _markdown_table(_TESTS_HEADER, [[f"`{row[0]}`", f"`{row[1]}`", *row[2:]] for row in tests])
@@ -970,6 +1068,7 @@ def html(
                 "lines": list(_lines(section.table, oracle)),
                 "images": images,
                 "summary": _summary(section.frame) if len(section.frame) else ([], []),
+                "extras": _extras(section.frame),
                 "tests": tests,
                 "too_few": _too_few(few) if few else "",
             }

@@ -55,6 +55,8 @@ class Runs:
         experiment: str | None = None,
         dirty: bool = False,
         oracle: float | None = None,
+        metrics: Mapping[str, float] | None = None,
+        more: Mapping[str, Any] | None = None,
         **who: Any,
     ) -> Path:
         """A finished run; `who` as for `identity`. The fingerprint follows from the problem unless given."""
@@ -73,7 +75,8 @@ class Runs:
                 "auroc_high": auroc + 0.01,
                 "average_precision": 2 / 3,
             }
-            | {"val_score": 1.23456789e-7, "oracle_auroc": oracle},
+            | {"val_score": 1.23456789e-7, "oracle_auroc": oracle}
+            | dict(metrics or {}),
             "partition": {"fingerprint": fingerprint or format(hash(images) % 16**16, "016x")},
             "config": config or {},
             "experiment": experiment,
@@ -83,6 +86,7 @@ class Runs:
             "images_per_second": 812.345678,
             "epochs": 2,
             "history": [{"epoch": e, "val_score": 1.0, "oracle_auroc": oracle} for e in (1, 2)] if oracle else [],
+            **(more or {}),
         }
         folder = self.root / folder_of(who)
         folder.mkdir(parents=True)
@@ -664,3 +668,64 @@ def test_help_needs_no_heavy_import() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.rstrip().endswith("[]")
     assert "--experiment NAME" in done.stdout
+
+
+# What only some runs have something for ---------------------------------------------------------------------------
+
+
+def lines(text: str) -> list[list[str]]:
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in text.splitlines() if line.startswith("|")]
+
+
+def test_kinds_of_anomaly_stand_apart_beside_the_published_figures(runs: Runs, tmp_path: Path) -> None:
+    dirty = {"split.contamination.classes": [2], "split.contamination.rate": 0.01}
+    kinds = {
+        "auroc": {"2": 0.7, "3": 0.9},
+        "seen": {"auroc": 0.7, "balanced_accuracy": 0.65},
+        "unseen": {"auroc": 0.9, "balanced_accuracy": 0.85},
+    }
+    runs.add(0.88, model="itsr_small", changed=dirty, more={"by_kind": kinds})
+    runs.add(0.95, model="itsr_small", c=1)
+    frame = results.read(runs.root)
+    results.write_csv(frame, tmp_path / "results.csv")
+    text = results.markdown(results.sections(results.read_csv(tmp_path / "results.csv")))
+    (header, _, run, published) = lines(text.split("kinds that contaminate")[1].split("\n\n")[1])
+    assert header == ["method", "class", "seed", "AUROC", "seen", "unseen", "bal. acc. seen", "unseen", "epochs"]
+    assert run[1:] == ["0", "0", "0.880", "0.700", "0.900", "0.650", "0.850", "2"]
+    assert published == ["published (secondary, full size)", "", "", "", "", "", "0.94", "0.93", ""]
+    clean = results.markdown(results.sections(frame[frame["normal_class"] == 1]))
+    assert "kinds that contaminate" not in clean
+    page = results.html(
+        results.sections(frame), frame, {name: b"" for s in results.sections(frame) for name in s.figures}
+    )
+    assert "kinds that contaminate" in page and "<td>published (secondary, full size)</td>" in page
+
+
+def test_published_figures_on_contaminated_data_are_found_by_what_contaminates() -> None:
+    rows = [row for row in results._published_rows() if row["setting"].startswith("split.contamination")]
+    assert len(rows) == 18
+    for row in rows:
+        problem, _, kind = row["setting"].rpartition(" ")
+        found = results._published_kind(row["model"], row["dataset"], row["split"], problem, kind)
+        assert found is not None and found.value == float(row["value"]) and found.status == "secondary"
+    assert results._published_kind("itsr", "mnist", "official", "split.contamination.rate=0.01", "seen") is None
+
+
+def test_sets_of_images_set_aside_are_shown_with_their_truth(runs: Runs, tmp_path: Path) -> None:
+    sets = [
+        {"name": "round 1", "images": 108, "precision": 0.25, "recall": 0.5},
+        {"name": "repelled", "images": 0, "precision": None, "recall": 0.0},
+    ]
+    runs.add(0.9, model="itsr_small", more={"set_aside": sets})
+    results.write_csv(results.read(runs.root), tmp_path / "results.csv")
+    text = results.markdown(results.sections(results.read_csv(tmp_path / "results.csv")))
+    _, _, first, second = lines(text.split("took for anomalies")[1].split("\n\n")[1])
+    assert first[3:] == ["round 1", "108", "0.250", "0.500"] and second[3:] == ["repelled", "0", "n/a", "0.000"]
+
+
+def test_the_leak_of_batch_norm_is_shown_as_no_result(runs: Runs) -> None:
+    runs.add(0.6, model="ganomaly_small", metrics={"oracle_shuffled_auroc": 0.61, "oracle_sorted_auroc": 0.99})
+    text = results.markdown(results.sections(results.read(runs.root)))
+    assert "The last two are no results." in text
+    _, _, row = lines(text.split("no results.")[1].split("\n\n")[1])
+    assert row[3:] == ["0.600", "0.610", "0.990", "+0.390"]
