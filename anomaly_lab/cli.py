@@ -382,3 +382,92 @@ def score(argv: Sequence[str] | None = None) -> int:
     from anomaly_lab import predict
 
     return predict.main(argv)
+
+
+def features(argv: Sequence[str] | None = None) -> int:
+    """``anomaly-lab-features``: channel statistics of pretrained features over a folder of images."""
+    parser = argparse.ArgumentParser(
+        prog="anomaly-lab-features",
+        description="Mean and standard deviation of each channel of a model's pretrained features over the images in a "
+        "folder and all folders below (ImageNet, as PIAD has it), in one file with where they come from. A run uses it "
+        "with model.detector.features.statistics.path=FILE and .sha256=CHECKSUM.",
+        epilog="example: anomaly-lab-features imagenet/train --model piad --limit 50000 --out vgg19.npz",
+    )
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="images, in it or in folders below")
+    parser.add_argument("overrides", nargs="*", metavar="KEY=VALUE", help="such as model.detector.features.path=FILE")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .npz to write")
+    parser.add_argument("--model", default="piad", help="whose features (default: piad)")
+    parser.add_argument(
+        "--size", type=int, metavar="N", help="pixels images are stretched to (default: the model's input)"
+    )
+    parser.add_argument(
+        "--limit", type=int, metavar="N", help="only so many images, spread evenly over the sorted list"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    arguments = parser.parse_args(argv)
+    try:
+        print(_features(arguments))
+    except Exception as error:
+        line = _explained(error)
+        if line is None:
+            raise
+        return _mistake(parser.prog, line)
+    return DONE
+
+
+def _features(asked: argparse.Namespace) -> str:
+    import hashlib
+    from collections.abc import Iterator
+    from datetime import UTC, datetime
+    from importlib.metadata import version
+
+    import numpy as np
+    import torch
+    from hydra.utils import instantiate
+    from tqdm import tqdm
+
+    from anomaly_lab import config, networks, predict
+    from anomaly_lab.datasets import open_image
+    from anomaly_lab.files import write_whole
+
+    cfg = config.compose([f"model={asked.model}", *asked.overrides])
+    described = cfg.model.detector.get("features")
+    if described is None:
+        raise ValueError(f"model={asked.model} has no pretrained features: name one that has, such as piad")
+    if described.weights == "random":
+        raise ValueError("random features are drawn anew by every run, which computes their statistics itself")
+    size = cfg.model.input.size if asked.size is None else asked.size
+    if size < 1 or (asked.limit is not None and asked.limit < 1):
+        raise ValueError("--size and --limit are whole numbers from 1")
+    if not asked.folder.is_dir():
+        raise ValueError(f"{asked.folder} is not a folder: give one with images, in it or in folders below")
+    files = predict.image_files([asked.folder])
+    if asked.limit is not None and asked.limit < len(files):
+        files = [files[i * len(files) // asked.limit] for i in range(asked.limit)]
+    network = instantiate(described, _convert_="all")().to(asked.device)
+    if size < network.smallest:
+        raise ValueError(f"--size {size}: {network.architecture} needs images of {network.smallest} pixels or more")
+    checksum = hashlib.sha256()
+
+    def batches() -> Iterator[torch.Tensor]:
+        for start in tqdm(range(0, len(files), 64), desc="images, in batches of 64", disable=not sys.stderr.isatty()):
+            some = files[start : start + 64]
+            images = np.stack([open_image(file, str(file), 3, size) for file in some])
+            for file, image in zip(some, images, strict=True):
+                checksum.update(file.relative_to(asked.folder).as_posix().encode() + b"\0" + image.tobytes())
+            yield network(torch.from_numpy(images).to(asked.device) / 127.5 - 1)  # [-1, 1]
+
+    with torch.no_grad():
+        mean, std = networks.channel_statistics(batches())
+    origin = {
+        "folder": asked.folder.resolve().name,
+        "images": len(files),
+        "images_sha256": checksum.hexdigest(),  # of names and pixels
+        "size": size,
+        "made": datetime.now(UTC).isoformat(timespec="seconds"),
+        "versions": {name: version(name) for name in ("anomaly-lab", "torch", "torchvision")},
+    }
+    write_whole(asked.out, lambda file: networks.save_statistics(file, network, mean, std, **origin))
+    digest = hashlib.sha256(asked.out.read_bytes()).hexdigest()
+    option = "model.detector.features.statistics"
+    return f"{len(files)} images, {len(mean)} channels: {option}.path={asked.out} {option}.sha256={digest}"

@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,11 +39,8 @@ GROUPS = ("model", "dataset", "split", "trainer")
 IDENTITY = ("model", "dataset", "split", "trainer.precision", "trainer.threshold_quantile")
 """Sections and keys that can change a result. Everything else (logger, paths, device, threads, progress) cannot."""
 
-NOT_IDENTITY = (
-    "dataset.data_dir",
-    "dataset.path",
-    "dataset.name",
-)  # the name has its own place in the identity
+NOT_IDENTITY = re.compile(r"dataset\.name|.*\.(path|data_dir)")
+"""Keys that say where something lies, not what it is (a checksum does); the name has its own place in the identity."""
 
 
 def search_path() -> list[str]:
@@ -131,7 +129,7 @@ def _identity_keys(cfg: DictConfig) -> dict[str, Any]:
         value = OmegaConf.select(cfg, name)
         plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         keys |= _flatten(plain, name)
-    return {key: value for key, value in keys.items() if key not in NOT_IDENTITY}
+    return {key: value for key, value in keys.items() if not NOT_IDENTITY.fullmatch(key)}
 
 
 @functools.lru_cache(maxsize=256)

@@ -1,12 +1,21 @@
-"""Networks that two or more methods use.
+"""Networks that two or more methods use, and pretrained ones.
 
-Legend of the shape comments: B images, C channels, S = image size in pixels, d = size of the latent code.
+Legend of the shape comments: B images, C channels, S = image size in pixels, d = size of the latent code,
+K channels and s×s positions of pretrained features.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import IO, Any, Literal, NamedTuple, get_args
 
+import numpy as np
+import torch
 from torch import Generator, Tensor, nn
 
 
@@ -122,3 +131,243 @@ class DCGANDiscriminator(nn.Module):
         """(B,C,S,S) -> logits (B,), features (B,width S/8,4,4)"""
         features = self.features(x)
         return self.logit(features).squeeze(1), features
+
+
+# Pretrained features ------------------------------------------------------------------------------------------------
+
+
+def freeze(module: nn.Module) -> None:
+    """Turn every parameter of a pretrained network into a buffer of the same name, in place.
+
+    So it follows ``.to()``, belongs to no player, is never trained and, as all the network's buffers from now on, is in
+    no checkpoint. Its output stays differentiable with respect to its input.
+    """
+    for part in module.modules():
+        for name, parameter in list(part.named_parameters(recurse=False)):
+            delattr(part, name)
+            part.register_buffer(name, parameter.detach(), persistent=False)
+        for name, buffer in list(part.named_buffers(recurse=False)):
+            delattr(part, name)
+            part.register_buffer(name, buffer, persistent=False)
+
+
+class _Cut(NamedTuple):
+    """How much of a torchvision network is used."""
+
+    weights: str  # torchvision's enum of published weights
+    layers: int  # of its ``.features``
+    channels: int  # K
+    smallest: int  # image size that leaves one position, a power of two
+
+
+# VGG19 up to relu4_2 is PIAD's choice: stride 8, the second convolution at that stride, the tenth in all. SqueezeNet
+# is cut at the corresponding place: stride 8, the second fire module at that stride, eleven convolutions deep. Images
+# of 32 pixels leave 4×4 and 3×3 positions; one pooling further, SqueezeNet would leave a single one.
+_CUTS = {
+    "vgg19": _Cut("VGG19_Weights", 23, 512, 8),
+    "squeezenet1_0": _Cut("SqueezeNet1_0_Weights", 9, 384, 16),
+}
+
+Weights = Literal["torchvision", "file", "random"]
+
+
+class PerceptualFeatures(nn.Module):
+    """The first layers of a network trained on ImageNet, frozen (`freeze`): what is in an image, not which pixels.
+
+    Grey images are repeated to three channels; [-1, 1] is mapped to ImageNet's mean and standard deviation.
+
+    Args:
+        architecture: ``vgg19`` up to relu4_2, or ``squeezenet1_0`` up to fire6.
+        weights: ``torchvision``: its published ones, from ``TORCH_HOME`` or fetched to there. ``file``: a state dict of
+            the architecture at ``path``, with or without the classifier. ``random``: drawn from torch's global
+            generator (He et al. 2015); what pretraining is worth is the difference to these.
+        path, sha256: of the ``file``; at least the first 8 hexadecimal digits of its checksum.
+        statistics: ``path`` and ``sha256`` of channel statistics written by ``anomaly-lab-features``, or nulls.
+
+    Attributes:
+        channels: K. checksum: SHA-256 of the weights that are used, whatever file they came from.
+
+    Raises:
+        ValueError: unknown names; a file that is missing, or another one than the checksum says; no network.
+    """
+
+    shift: Tensor
+    scale: Tensor
+
+    def __init__(
+        self,
+        architecture: str,
+        *,
+        weights: Weights,
+        path: str | None = None,
+        sha256: str | None = None,
+        statistics: Mapping[str, str | None] | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value, valid in (
+            ("architecture", architecture, tuple(_CUTS)),
+            ("weights", weights, get_args(Weights)),
+        ):
+            if value not in valid:
+                raise ValueError(f"{_OPTION}.{name}={value}: choose one of {', '.join(valid)}")
+        from torchvision import models  # a second: not for methods without pretrained features
+
+        cut = _CUTS[architecture]
+        self.architecture, self.weights, self.channels = architecture, weights, cut.channels
+        self._statistics = dict(statistics or {})
+        with torch.device("meta"):  # the classifiers of these networks are the larger part, and never needed
+            layers = getattr(models, architecture)().features[: cut.layers]
+        self.layers: nn.Sequential = layers.to_empty(device="cpu")
+        if weights == "random":
+            _init_he(self.layers)
+        else:
+            own = weights == "file"
+            file = _verified(path, sha256, _OPTION) if own else _torchvision_file(architecture, published_url(cut))
+            _load_features(self.layers, file)
+        freeze(self.layers.to(memory_format=torch.channels_last))  # faster on a CPU
+        digest = hashlib.sha256()
+        for _, buffer in sorted(self.layers.named_buffers()):
+            digest.update(buffer.numpy().tobytes())
+        self.checksum = digest.hexdigest()
+        mean, std = torch.tensor([0.485, 0.456, 0.406]), torch.tensor([0.229, 0.224, 0.225])  # ImageNet's, of [0, 1]
+        self.register_buffer("shift", (2 * mean - 1).view(3, 1, 1), persistent=False)
+        self.register_buffer("scale", (2 * std).view(3, 1, 1), persistent=False)
+
+    @property
+    def smallest(self) -> int:
+        """The smallest image size, in pixels, that leaves at least one position."""
+        return _CUTS[self.architecture].smallest
+
+    @property
+    def source(self) -> dict[str, str]:
+        """What the features are: two of the same source give the same numbers."""
+        return {
+            "architecture": self.architecture,
+            "layer": f"features[:{_CUTS[self.architecture].layers}]",
+            "checksum": self.checksum,
+        }
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B,1,S,S) or (B,3,S,S) in [-1, 1] -> (B,K,s,s), s = S / 8 or a little less."""
+        features: Tensor = self.layers((x.expand(-1, 3, -1, -1) - self.shift) / self.scale)
+        return features
+
+    def given_statistics(self) -> tuple[Tensor, Tensor] | None:
+        """Channel mean and standard deviation (K,) from the file that ``statistics`` names; None where it names none.
+
+        Raises:
+            ValueError: the file is missing, another one than the checksum says, or of other features.
+        """
+        path, sha256 = self._statistics.get("path"), self._statistics.get("sha256")
+        if path is None and sha256 is None:
+            return None
+        file = _verified(path, sha256, f"{_OPTION}.statistics")
+        try:
+            with np.load(file, allow_pickle=False) as arrays:
+                mean, std = (torch.from_numpy(arrays[name]).float() for name in ("mean", "std"))
+                source = json.loads(str(arrays["provenance"]))["features"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{file} holds no channel statistics: write them with anomaly-lab-features") from error
+        other = [f"{k} {str(source.get(k))[:16]}" for k, v in self.source.items() if source.get(k) != v]
+        if other:
+            raise ValueError(
+                f"{file} belongs to other features ({', '.join(other)}): write it anew with anomaly-lab-features and "
+                "the options of this model"
+            )
+        return mean, std
+
+
+_OPTION = "model.detector.features"
+
+
+def channel_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of each channel over images and positions: (B,K,s,s), ... -> (K,), (K,).
+
+    Summed in float64, so the images may be many; returned in the type of the batches.
+    """
+    total, squares, count = torch.zeros(()), torch.zeros(()), 0
+    values = None
+    for values in batches:
+        wide = values.double()
+        total = total.to(wide) + wide.sum((0, 2, 3))
+        squares = squares.to(wide) + wide.square().sum((0, 2, 3))
+        count += wide[:, 0].numel()
+    if values is None:
+        raise ValueError("channel statistics need at least one image")
+    mean = total / count
+    return mean.to(values), (squares / count - mean.square()).clamp(min=0).sqrt().to(values)
+
+
+def save_statistics(file: IO[bytes], features: PerceptualFeatures, mean: Tensor, std: Tensor, **origin: Any) -> None:
+    """Write channel statistics (K,) for `PerceptualFeatures.given_statistics`, with what they are of.
+
+    origin: what else a reader wants to know of the images they were computed from, plain values.
+    """
+    provenance = json.dumps({"features": features.source | {"weights": features.weights}, **origin})
+    np.savez(file, mean=mean.cpu().numpy(), std=std.cpu().numpy(), provenance=np.array(provenance))
+
+
+def _init_he(network: nn.Module) -> None:
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d):
+            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
+
+
+def published_url(cut: _Cut) -> str:
+    """Where torchvision publishes the weights of a network."""
+    from torchvision import models
+
+    url: str = getattr(models, cut.weights).IMAGENET1K_V1.url
+    return url
+
+
+def _torchvision_file(architecture: str, url: str) -> Path:
+    """torchvision's weights where torch.hub keeps them, fetched if they are not there. Its names end in checksums."""
+    name = url.rpartition("/")[2]
+    file = Path(torch.hub.get_dir()) / "checkpoints" / name
+    prefix = name.rpartition("-")[2].partition(".")[0]
+    if not file.is_file():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.hub.download_url_to_file(url, str(file), hash_prefix=prefix, progress=False)
+        except (OSError, RuntimeError) as error:  # no network, no such folder; another file than its name says
+            raise ValueError(
+                f"the ImageNet weights of {architecture} are not here and cannot be fetched ({error}): where there is "
+                f"a network get {url}, put it to {file} (hub/checkpoints in the folder that TORCH_HOME names), or give "
+                f"{_OPTION}.weights=file with {_OPTION}.path and {_OPTION}.sha256"
+            ) from error
+    return _verified(file, prefix, _OPTION)
+
+
+def _verified(path: str | Path | None, sha256: str | None, option: str) -> Path:
+    """The file at ``path``, if its checksum begins with ``sha256``."""
+    if path is None:
+        raise ValueError(f"{option}.path is missing: give the file, or take {option}.sha256 away")
+    file = Path(path).expanduser()
+    if not file.is_file():
+        raise ValueError(f"{option}.path={path} is not there: put the file there, or give its place with {option}.path")
+    with open(file, "rb") as opened:
+        found = hashlib.file_digest(opened, "sha256").hexdigest()
+    if not isinstance(sha256, str) or not re.fullmatch("[0-9a-f]{8,64}", sha256):
+        raise ValueError(
+            f"{option}.sha256={sha256}: give at least the first 8 hexadecimal digits of the checksum of {file} (it "
+            f"begins with {found[:12]}), in quotes if they are a number"
+        )
+    if not found.startswith(sha256):
+        raise ValueError(f"{file} has the checksum {found[:12]}..., not {sha256[:12]}...: it is another file")
+    return file
+
+
+def _load_features(layers: nn.Sequential, file: Path) -> None:
+    try:
+        state = torch.load(file, map_location="cpu", weights_only=True)
+        layers.load_state_dict({name: state[f"features.{name}"] for name in layers.state_dict()})
+    # torch raises RuntimeError, UnpicklingError, EOFError, KeyError or TypeError, as the file wants it.
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(
+            f"{file} is no state dict of that architecture ({type(error).__name__}: {reason}): give torchvision's own "
+            "names, features.0.weight and so on"
+        ) from error

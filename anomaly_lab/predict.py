@@ -148,11 +148,16 @@ class FittedDetector:
             yield self.prepare(pixels.to(self.device))
 
 
-def load_run(path: str | Path, device: str = "cpu") -> FittedDetector:
+def load_run(path: str | Path, device: str = "cpu", data_dir: str | Path | None = None) -> FittedDetector:
     """The detector that the finished run in the folder ``path`` fitted.
 
+    Args:
+        data_dir: where pretrained weights from the run's ``data_dir`` lie now, if no longer there; their checksums
+            are compared all the same.
+
     Raises:
-        ValueError: the folder holds no finished run, or a damaged one, or there is no such device.
+        ValueError: the folder holds no finished run, or a damaged one, there is no such device, or pretrained weights
+            are not where they were.
     """
     folder = Path(path)
     if not (folder / "result.json").is_file():
@@ -165,13 +170,23 @@ def load_run(path: str | Path, device: str = "cpu") -> FittedDetector:
         raise ValueError(f"{folder} has lost its last.ckpt: delete its result.json and start the run again")
 
     import torch
+    from hydra.errors import InstantiationException
     from omegaconf import DictConfig
 
     from anomaly_lab.run import make_detector, make_prepare
 
     where = _device(device)
-    cfg = DictConfig(result["config"])
-    detector = make_detector(cfg, result["image_shape"])
+    config = result["config"]
+    if data_dir is not None:
+        config = config | {"model": _moved(config["model"], Path(config["data_dir"]), Path(data_dir))}
+    cfg = DictConfig(config)
+    try:
+        detector = make_detector(cfg, result["image_shape"])
+    except InstantiationException as error:
+        if not isinstance(error.__cause__, ValueError):
+            raise
+        hint = " (where that was in the run's data_dir: name today's with data_dir or --data-dir)"
+        raise ValueError(f"{error.__cause__}{hint * ('.path=' in str(error.__cause__))}") from error
     try:
         checkpoint = torch.load(folder / "last.ckpt", map_location="cpu", weights_only=True)
         detector.on_load_checkpoint(checkpoint)
@@ -184,6 +199,16 @@ def load_run(path: str | Path, device: str = "cpu") -> FittedDetector:
         raise ValueError(f"{folder / 'last.ckpt'} does not fit this version of {result['identity']['model']}, or is "
                          f"damaged ({type(error).__name__}: {reason})") from error  # fmt: skip
     return FittedDetector(detector.to(where).eval(), make_prepare(cfg), result, where)
+
+
+def _moved(section: Any, old: Path, new: Path) -> Any:
+    """The configuration ``section`` with every ``path`` inside the folder ``old`` brought to ``new``."""
+    if not isinstance(section, dict):
+        return section
+    found = {key: _moved(value, old, new) for key, value in section.items()}
+    if isinstance(found.get("path"), str) and Path(found["path"]).is_relative_to(old):
+        found["path"] = str(new / Path(found["path"]).relative_to(old))
+    return found
 
 
 def _device(name: str) -> torch.device:
@@ -210,10 +235,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("scores.csv"), help="the CSV to write (default: scores.csv)")
     parser.add_argument("--heat-maps", type=Path, metavar="DIR", help="also draw there where each image looks wrong")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="where pretrained weights lie, if not where they did"
+    )
     arguments = parser.parse_args(argv)
     try:
-        files = _files(arguments.images)
-        count = _score_files(load_run(arguments.run, arguments.device), files, arguments.out, arguments.heat_maps)
+        files = image_files(arguments.images)
+        fitted = load_run(arguments.run, arguments.device, arguments.data_dir)
+        count = _score_files(fitted, files, arguments.out, arguments.heat_maps)
     except (ValueError, OSError) as error:
         print(f"{parser.prog}: error: {error}", file=sys.stderr)
         return 2
@@ -221,7 +250,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _files(given: Sequence[Path]) -> list[Path]:
+def image_files(given: Sequence[Path]) -> list[Path]:
+    """The image files among ``given`` and, sorted, in all folders below; hidden ones are left out.
+
+    Raises:
+        ValueError: nothing of that name, or no images.
+    """
     files: list[Path] = []
     for path in given:
         if path.is_dir():

@@ -474,6 +474,7 @@ class Row:
     seeds: int
     reduced: bool  # a reduced size, compared with the figure of the full size
     pretrained: str
+    published_as: str  # the method whose published figures stand beside it, where that is another; else empty
 
 
 @dataclass(frozen=True)
@@ -526,7 +527,8 @@ def table(frame: pd.DataFrame, dataset: str, split: str, expected: Expected | No
             wanted = (grid[name].get(c, set()) | set(runs["seed"])) if name in grid else seeds
             cells[c] = _cell(runs, runs["auroc"].tolist(), len(runs), len(wanted), published=figures.get(c))
         cells["mean"] = _mean_cell(own, cells, _CLASSES.get((dataset, split), len(classes)), figures.get("mean"))
-        rows.append(Row(name, cells, own["seed"].nunique(), model.endswith("_small"), pretrained))
+        other = method if method != re.sub("_small$", "", model) else ""
+        rows.append(Row(name, cells, own["seed"].nunique(), model.endswith("_small"), pretrained, other))
     role = str(part["role"].iloc[0]) if len(part) else "normal"
     return Table(dataset, split, role, classes, len(seeds), tuple(rows), len(part))
 
@@ -747,7 +749,8 @@ def _lines(shown: Table, oracle: bool) -> Iterator[_Line]:
                     f"{c.published.value:.3f}" if c.published and c.published[1:3] == (status, setting) else ""
                     for c in cells
                 ]
-                yield _Line("published", f"published ({', '.join(words)})", [*texts, ""])
+                whose = f" for {row.published_as}" if row.published_as else ""
+                yield _Line("published", f"published{whose} ({', '.join(words)})", [*texts, ""])
             if any(c.difference is not None for c in cells):
                 yield _Line("difference", "difference", [*(_signed(c.difference) for c in cells), ""])
             if oracle and any(c.oracle is not None for c in cells):
@@ -1025,6 +1028,7 @@ def _tables_csv(parts: Sequence[Section]) -> str:
             "published": cell.published and cell.published.value,
             "status": cell.published and cell.published.status,
             "setting": cell.published and cell.published.setting,
+            "published_as": row.published_as,
             "difference": cell.difference,
             "oracle": cell.oracle,
             "gap": cell.gap,

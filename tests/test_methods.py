@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -17,9 +18,19 @@ from anomaly_lab.methods.shared_autoencoder import EncoderDecoderEncoder, Shared
 from anomaly_lab.run import make_detector
 
 # Sizes at which a method is quick to test; each model takes those it has.
-SHRINK = {"model.detector.width": 4, "model.detector.critic_width": 4}
+SHRINK: dict[str, object] = {
+    "model.detector.width": 4,
+    "model.detector.critic_width": 4,
+    "model.detector.encoder_widths": [4, 4, 4, 4],
+    "model.detector.generator_widths": [4, 4, 4, 4],
+    "model.detector.image_critic_widths": [4, 4, 4, 4],
+    "model.detector.latent_critic_widths": [4, 4],
+    "model.detector.features.weights": "random",
+    "model.detector.features.architecture": "squeezenet1_0",
+}
 REDUCED = {
-    *("detector.width", "detector.critic_width", "budget.epochs"),
+    *("detector.width", "detector.critic_width", "budget.epochs", "budget.steps"),
+    *(f"detector.{network}_widths" for network in ("encoder", "generator", "image_critic", "latent_critic")),
     *(f"budget.stages.{stage}" for stage in ("pretrain", "detect", "retrain")),
 }
 """What a small size may reduce."""
@@ -104,6 +115,8 @@ def test_every_model_takes_colour_and_other_sizes(model: str, shape: tuple[int, 
 @pytest.mark.parametrize("model", MODELS)
 def test_each_play_moves_its_player_by_its_own_gradient_and_nobody_else(model: str) -> None:
     made = detector(model).double()  # so that a gradient of 1e-8 is still seen
+    further = (batch()._replace(x=images(seed=seed).double()) for seed in itertools.count(1))
+    made.next_batch = lambda: next(further)  # type: ignore[method-assign]
     factory = instantiate({"_target_": "torch.optim.SGD", "_partial_": True, "lr": 1.0})
     optimizers = {player: factory(made.player_parameters(player)) for player in made.players()}
     made._optimizers_by_player = lambda: optimizers  # type: ignore[method-assign,assignment]  # no Trainer here

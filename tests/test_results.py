@@ -370,6 +370,7 @@ def test_model_may_name_the_published_method_and_its_pretrained_features(runs: R
     assert runs.table()["shared_ae_printed"][0].published.value == 0.986
     parts = results.sections(results.read(runs.root))
     lines = [line.split("|")[1].strip() for line in results.markdown(parts).splitlines() if line.startswith("|")]
+    assert "*published for shared_ae (verified)*" in lines, "whose figure it is"
     block = lines.index("*with features pretrained on ImageNet*")
     assert lines.index("`shared_ae_printed`") < block < lines.index("`piad`")
 
