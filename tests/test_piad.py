@@ -685,7 +685,7 @@ def test_a_stopped_run_resumes_to_the_same_bits_and_loads_where_its_weights_move
     assert resumed["metrics"] == undisturbed["metrics"]
     history = resumed["history"][-1]
     assert {"loss_image_critic", "loss_latent_critic", "loss_encoder_generator", "loss_reconstruction"} <= set(history)
-    assert {"gamma_encoder", "gamma_generator", "val_score"} <= set(history)
+    assert {"log10_gamma_encoder", "log10_gamma_generator", "val_score"} <= set(history)
 
     with np.load(config.run_dir(broken) / "scores.npz") as file:
         score, index = file["score"], file["index"]

@@ -335,12 +335,13 @@ class PIAD(Detector):
         if (self.step + 1) % self.gamma_every == 0:
             self.choose_gammas(x, z)
         gamma_e, gamma_g = self.balance_encoder.gamma, self.balance_generator.gamma
-        # One backward pass for both: L_rec times gamma_G reaches G, and on the way to E is brought to gamma_E.
+        # One backward pass for both: L_rec times gamma_G reaches G, and on the way to E is brought to gamma_E. The
+        # weights are in the gradients alone, so that the values of two epochs can be compared.
         rec, adversarial_z, adversarial_x = self.terms(x, z, gamma_e / gamma_g)
         self.record("loss_reconstruction", rec)
-        self.record("gamma_encoder", gamma_e)
-        self.record("gamma_generator", gamma_g)
-        yield {"encoder_generator": gamma_g * rec + adversarial_z + adversarial_x}
+        self.record("log10_gamma_encoder", gamma_e.log10())
+        self.record("log10_gamma_generator", gamma_g.log10())
+        yield {"encoder_generator": scale_gradient(rec, gamma_g) + adversarial_z + adversarial_x}
 
     def sample(self, x: Tensor) -> Tensor:
         """As many codes from the prior N(0, I) as there are images: (B,C,S,S) -> (B,d)."""
