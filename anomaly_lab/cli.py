@@ -404,7 +404,7 @@ def features(argv: Sequence[str] | None = None) -> int:
         "--limit", type=int, metavar="N", help="only so many images, spread evenly over the sorted list"
     )
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_intermixed_args(argv)  # KEY=VALUE may also come last
     try:
         print(_features(arguments))
     except Exception as error:

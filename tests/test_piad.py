@@ -582,7 +582,7 @@ def test_statistics_of_other_features_and_files_that_are_none_are_refused(
     weights_file: Any, folder: Path, tmp_path: Path, capsys: Any
 ) -> None:
     out = tmp_path / "statistics.npz"
-    cli.features([str(folder), *options(weights_file), "--model", "piad_squeezenet", "--out", str(out), "--limit", "2"])
+    cli.features([str(folder), "--model", "piad_squeezenet", "--out", str(out), "--limit", "2", *options(weights_file)])
     words = capsys.readouterr().out.split(": ", 1)[1].split()
     assert json.loads(str(np.load(out)["provenance"]))["images"] == 2
     with pytest.raises(ValueError, match=r"belongs to other features \(checksum") as error:
