@@ -187,7 +187,8 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
 
     The weights w_i multiply L_rec and both adversarial terms of image i; w_i = 0 means left out of the batch, for a
     sample of weight 0 would still enter batch norm's statistics. The sets after each round, and the final one, are
-    recorded (`set_aside`); the thresholds of the decision come from the images never rejected.
+    recorded (`set_aside`). The decision's thresholds are quantiles over all training images, rejected ones too: those
+    that a round of the SVM rejects are mostly rare normals, and without them every rare normal is an alarm.
 
     *Where the material is silent:* whether the SVM sees the rejected images again (here not: it would find the same
     ones); the value of ``w_anomaly``; and what bounds a negatively weighted adversarial term, which has no minimum:
@@ -289,6 +290,3 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
             for number in range(1, self.rounds + 1)
         }
         return rejected | {"repelled": self.repelled.nonzero().squeeze(1)}
-
-    def after_fit(self, images: Tensor) -> None:
-        super().after_fit(images[self.rejected_in == 0] if hasattr(self, "rejected_in") else images)
