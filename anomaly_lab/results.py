@@ -820,6 +820,7 @@ def _tests(comparisons: Sequence[Comparison]) -> tuple[list[list[str]], int]:
 class _Extra(NamedTuple):
     """A further table of a section: what it shows, its header and its rows, the first cell of each a method."""
 
+    title: str
     note: str
     header: list[str]
     rows: list[list[str]]
@@ -832,11 +833,13 @@ def _extras(frame: pd.DataFrame) -> list[_Extra]:
         "set_aside": _sets_aside,
         "oracle_sorted_auroc": _leaks,
     }
+    short, common = _short(frame)
     found = []
     for column, make in makers.items():
-        part = frame[frame[column].notna() & (frame[column] != "")]
+        part = short[short[column].notna() & (short[column] != "")]
         if len(part):
-            found.append(make(part))
+            extra = make(part)
+            found.append(extra._replace(note=f"{extra.note} All with {', '.join(common)}.") if common else extra)
     return found
 
 
@@ -859,7 +862,7 @@ def _kinds(frame: pd.DataFrame) -> _Extra:
         "The anomalies apart: those of the kinds that contaminate the training set (seen; named at rate 0 as well) and "
         "the others (unseen), each against all test normals."
     )
-    return _Extra(note, header, rows)
+    return _Extra("Kinds of anomaly", note, header, rows)
 
 
 def _published_kind(method: str, dataset: str, split: str, problem: str, kind: str) -> Published | None:
@@ -881,7 +884,7 @@ def _sets_aside(frame: pd.DataFrame) -> _Extra:
         "Training images that a method took for anomalies, with the share of true ones among them (precision) and the "
         "share of the true ones that it found (recall); no method sees either."
     )
-    return _Extra(note, ["method", "class", "seed", "set", "images", "precision", "recall"], rows)
+    return _Extra("Images set aside", note, ["method", "class", "seed", "set", "images", "precision", "recall"], rows)
 
 
 def _leaks(frame: pd.DataFrame) -> _Extra:
@@ -895,7 +898,12 @@ def _leaks(frame: pd.DataFrame) -> _Extra:
         "normalised by their own statistics, and that of batches of a test set sorted by truth, where these statistics "
         "know the label. The last two are no results."
     )
-    return _Extra(note, ["method", "class", "seed", "AUROC", "mixed", "sorted", "sorted - honest"], rows)
+    return _Extra(
+        "Batch norm in training mode",
+        note,
+        ["method", "class", "seed", "AUROC", "mixed", "sorted", "sorted - honest"],
+        rows,
+    )
 
 
 _TESTS_HEADER = ["method", "against", "pairs", "mean difference", "p", "p (Holm)"]
@@ -940,17 +948,19 @@ def _markdown_section(section: Section, oracle: bool, folder: str) -> str:
         ]
     for extra in _extras(section.frame):
         named = [[row[0] if row[0].startswith("published") else f"`{row[0]}`", *row[1:]] for row in extra.rows]
-        out += [extra.note, "", *_markdown_table(extra.header, named), ""]
+        block = [extra.note, "", *_markdown_table(extra.header, named)]
+        out += [*_folded(extra.title, block, len(named) > 24), ""]
     tests, few = _tests(section.comparisons)
     if tests:
         body = _markdown_table(_TESTS_HEADER, [[f"`{row[0]}`", f"`{row[1]}`", *row[2:]] for row in tests])
-        block = [_TESTS_NOTE, "", *body]
-        if len(tests) > 12:
-            block = ["<details><summary>Tests of difference</summary>", "", *block, "", "</details>"]
-        out += [*block, ""]
+        out += [*_folded("Tests of difference", [_TESTS_NOTE, "", *body], len(tests) > 12), ""]
     if few:
         out += [_too_few(few), ""]
     return "\n".join(out)
+
+
+def _folded(title: str, block: list[str], long: bool) -> list[str]:
+    return [f"<details><summary>{title}</summary>", "", *block, "", "</details>"] if long else block
 
 
 def _figure_text(section: Section, name: str) -> str:
