@@ -10,7 +10,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,8 +38,9 @@ GROUPS = ("model", "dataset", "split", "trainer")
 IDENTITY = ("model", "dataset", "split", "trainer.precision", "trainer.threshold_quantile")
 """Sections and keys that can change a result. Everything else (logger, paths, device, threads, progress) cannot."""
 
-NOT_IDENTITY = re.compile(r"dataset\.name|.*\.(path|data_dir)")
-"""Keys that say where something lies, not what it is (a checksum does); the name has its own place in the identity."""
+NOT_IDENTITY = ("dataset.data_dir", "dataset.path", "dataset.name")
+"""Where the data lie (their checksum counts), and their name, which has its own place in the identity. Nor does a
+``path`` count that has a ``sha256`` beside it, which says what the file is."""
 
 
 def search_path() -> list[str]:
@@ -129,7 +129,8 @@ def _identity_keys(cfg: DictConfig) -> dict[str, Any]:
         value = OmegaConf.select(cfg, name)
         plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         keys |= _flatten(plain, name)
-    return {key: value for key, value in keys.items() if not NOT_IDENTITY.fullmatch(key)}
+    files = {f"{key.removesuffix('sha256')}path" for key in keys if key.endswith(".sha256")}
+    return {key: value for key, value in keys.items() if key not in NOT_IDENTITY and key not in files}
 
 
 @functools.lru_cache(maxsize=256)
@@ -244,7 +245,8 @@ def finished(cfg: DictConfig) -> dict[str, Any] | None:
         return None
     try:
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        settings_then, watched = result["settings"], result["config"]["trainer"]["watch_test"]
+        settings_then = result["settings"]
+        watched = result["config"]["trainer"]["watch_test"] or result["metrics"]["oracle_auroc"] is not None
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it and start the run again") from error
     refuse_other_settings(settings_then, cfg, path.parent)

@@ -9,7 +9,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning import LightningModule
@@ -88,6 +88,9 @@ class Detector(LightningModule, ABC):
         image_shape: (C,H,W) of the images the networks will see; given by the run, not by the yaml.
     """
 
+    STAGES: ClassVar[tuple[str, ...]] = ()
+    """Names of the stages of training, in order; empty for methods that train the same way throughout."""
+
     automatic_optimization = False  # every method: Lightning's own loop knows one loss a step
     epochs_done: Tensor
     steps_done: Tensor
@@ -107,9 +110,7 @@ class Detector(LightningModule, ABC):
         self.step = 0
         """Training steps done, for what happens every so many steps; a plain number, so asking does not wait."""
         self.stages: Mapping[str, int] = {}
-        """Epochs of each stage of training, in order; see `plan`."""
-        self.stage = ""
-        """Name of the stage that the current epoch belongs to; empty for methods without stages."""
+        """Epochs of each of the `STAGES`, as ``model.budget.stages`` gives them."""
         self._fit_finished = False
         self._first_losses: dict[str, float] = {}
         self._further: Iterator[Batch] | None = None
@@ -212,11 +213,15 @@ class Detector(LightningModule, ABC):
         self._optimizer, self._scheduler, self._clip = optimizer, scheduler, clip
 
     def plan(self, stages: Mapping[str, int]) -> None:
-        """Which stages training has, by name and epochs, in order: ``model.budget.stages``.
+        """Divide training: the epochs of each of the `STAGES`, ``model.budget.stages``.
 
         Raises:
-            ValueError: a method with stages of its own is given others.
+            ValueError: they are not those of the method.
         """
+        if tuple(stages) != self.STAGES:
+            if not self.STAGES:
+                raise ValueError("model.budget.stages: this method has no stages, give model.budget.epochs or steps")
+            raise ValueError(f"model.budget.stages of this method are {', '.join(self.STAGES)}, in this order")
         self.stages = stages
 
     def player_parameters(self, player: str) -> list[nn.Parameter]:
@@ -395,15 +400,13 @@ class Detector(LightningModule, ABC):
             if not math.isfinite(value):
                 raise Diverged(f"training diverged: {name} is {value} at epoch {row['epoch']}; lower the learning rate")
             first = self._first_losses.get(name)
-            if first is not None and abs(value) > EXPLOSION * max(abs(first), 1.0):
+            if first is not None and name.startswith("loss_") and abs(value) > EXPLOSION * max(abs(first), 1.0):
                 raise Diverged(
                     f"training diverged: {name} was {first:.3g} in the first step and is {value:.3g} on average in "
                     f"epoch {row['epoch']}; lower the learning rate"
                 )
 
     def on_train_epoch_start(self) -> None:
-        if self.stages:
-            self.stage = self.stage_of(int(self.epochs_done))[0]
         self._evaluations, self._decisions, self._further = {}, {}, None
         self._started = time.perf_counter()
 

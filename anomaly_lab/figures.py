@@ -431,6 +431,8 @@ def lines(frame: pd.DataFrame, x: str, y: str, group: str, title: str = "", *, x
         axes.set_xscale("log")
     if 1 < len(ticks) <= 12:
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
+        if len(ticks) > 2 and axes.get_xscale() == "linear" and np.diff(ticks).min() < 0.04 * np.ptp(ticks):
+            axes.tick_params(axis="x", rotation=60)  # labels of neighbours would lie over each other
         axes.minorticks_off()
     axes.set_xlabel(xlabel or x)
     number_of = f"{min(classes)} to {max(classes)}" if len(classes) > 1 else f"{max(classes, default=0)}"

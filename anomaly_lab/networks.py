@@ -210,6 +210,11 @@ class PerceptualFeatures(nn.Module):
         ):
             if value not in valid:
                 raise ValueError(f"{_OPTION}.{name}={value}: choose one of {', '.join(valid)}")
+        if weights != "file" and (path is not None or sha256 is not None):
+            raise ValueError(
+                f"{_OPTION}.path and .sha256 name a file, which weights={weights} does not read: "
+                f"set {_OPTION}.weights=file, or both to null"
+            )
         from torchvision import models  # a second: not for methods without pretrained features
 
         cut = _CUTS[architecture]

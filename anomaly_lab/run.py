@@ -35,7 +35,7 @@ from torch import nn
 from tqdm import tqdm
 
 from anomaly_lab import config, figures, metrics, tracking
-from anomaly_lab.data import Loader, OneClassData, Prepare
+from anomaly_lab.data import OneClassData, Prepare
 from anomaly_lab.detector import Detector, Diverged
 from anomaly_lab.files import write_whole
 
@@ -73,7 +73,10 @@ class _LastCheckpoint(Checkpoint):
         self._path, self._settings, self._watched = path, settings, watched
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["settings"], checkpoint["watched"] = dict(self._settings), self._watched
+        assert isinstance(pl_module, Detector)
+        history = pl_module.history
+        watched = bool(history) and all("oracle_auroc" in row for row in history)  # when nobody watches now, too
+        checkpoint["settings"], checkpoint["watched"] = dict(self._settings), self._watched or watched
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.save_checkpoint(self._path, weights_only=False)  # "weights only" would drop the optimisers
@@ -177,11 +180,13 @@ def make_detector(cfg: DictConfig, image_shape: Sequence[int]) -> Detector:
 
 def _stages(cfg: DictConfig) -> dict[str, int]:
     """Epochs of each stage of training, in order; empty for methods without stages."""
-    stages = dict(cfg.model.budget.get("stages") or {})
+    stages = cfg.model.budget.get("stages") or {}
+    if not isinstance(stages, Mapping):
+        raise ValueError("model.budget.stages: give each stage its epochs, such as {pretrain: 50, detect: 100}")
     for name, epochs in stages.items():
         if type(epochs) is not int or epochs < 0:
             raise ValueError(f"model.budget.stages.{name}={epochs}: give a whole number of epochs from 0")
-    return stages
+    return {str(name): int(epochs) for name, epochs in stages.items()}
 
 
 def _epochs(cfg: DictConfig, data: OneClassData) -> int:
@@ -443,7 +448,7 @@ def _make(
 
 def _refuse_collapse(detector: Detector, data: OneClassData) -> None:
     """Raise where a method that reconstructs gives the same image for every image; no label is looked at."""
-    if detector.step < HARDLY_BEGUN:
+    if int(detector.steps_done) < HARDLY_BEGUN:
         return  # weights of 0.02 say almost the same of every image until they have grown
     images = data.prepared("val", range(min(64, len(data.partition.val)))).to(detector.device)  # (B,C,S,S)
     detector.eval()
@@ -516,8 +521,8 @@ def _batch_norm_leak(detector: Detector, data: OneClassData, device: torch.devic
     normalised by its own statistics, so its members' scores know their neighbours' label. Never a result.
     """
     layers = [module for module in detector.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    momenta = [layer.momentum for layer in layers]
-    _, truth, _ = data.part("test", device)
+    tracking_statistics = [layer.track_running_stats for layer in layers]
+    pixels, truth, _ = data.part("test", device)
     by_truth = torch.argsort(truth.cpu(), stable=True)
     mixed = torch.from_numpy(np.random.RandomState(0).permutation(len(truth)))
     found = {}
@@ -525,16 +530,17 @@ def _batch_norm_leak(detector: Detector, data: OneClassData, device: torch.devic
         detector.eval()
         for layer in layers:
             layer.train()
-            layer.momentum = 0.0  # the running statistics stay as they are
+            layer.track_running_stats = False  # they stay as they are
         for name, order in (("oracle_shuffled_auroc", mixed), ("oracle_sorted_auroc", by_truth)):
-            loader = Loader(*data.part("test", device), data.prepare, data.batch_size, device, order=order)
+            batches = list(order.to(pixels.device).split(data.batch_size))
+            if len(batches) > 1 and len(batches[-1]) == 1:  # of which there are no statistics
+                batches[-2:] = [torch.cat(batches[-2:])]
             with torch.no_grad():
-                scored = [(detector.score(batch.x).float().cpu(), batch.y.cpu()) for batch in loader]
-            score, y = (torch.cat(tensors).numpy() for tensors in zip(*scored, strict=True))
-            found[name] = metrics.auroc(score, y)
+                score = torch.cat([detector.score(data.prepare(pixels[some].to(device))).float() for some in batches])
+            found[name] = metrics.auroc(score.cpu().numpy(), truth.cpu().numpy()[order.numpy()])
     finally:
-        for layer, momentum in zip(layers, momenta, strict=True):
-            layer.momentum = momentum
+        for layer, tracked in zip(layers, tracking_statistics, strict=True):
+            layer.track_running_stats = tracked
         detector.eval()
     return found
 

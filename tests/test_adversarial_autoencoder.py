@@ -14,12 +14,13 @@ from test_methods import batch, detector, images
 from test_run import Stop, Weights, comparable, scores
 from torch import Tensor
 
-from anomaly_lab import config
-from anomaly_lab.detector import Diverged
+from anomaly_lab import config, load_run
+from anomaly_lab.detector import Batch, Diverged
 from anomaly_lab.methods.adversarial_autoencoder import (
     AdversarialAutoencoder,
     DenseAutoencoder,
     IterativeTrainingSetRefinement,
+    squared_error,
     training_rank,
 )
 from anomaly_lab.run import run
@@ -148,6 +149,35 @@ def test_rejected_images_are_left_out_of_the_batch_and_the_worst_come_back() -> 
     assert sets == {"round 1": [1], "round 2": [1, 3, 4], "repelled": [1, 4]}
 
 
+def test_the_candidates_with_the_largest_errors_come_back() -> None:
+    made = refinement(rejected_in=torch.tensor([1, 0, 1, 2, 2, 1]), repelled=torch.zeros(6, dtype=torch.bool)).eval()
+    x = images(6)
+    errors = squared_error(x, made.reconstruct(x))
+    candidates = torch.tensor([0, 2, 3, 4, 5])
+    made.retrain_quantile = 0.6
+    made.training_set = lambda: Batch(x, torch.zeros(6), torch.arange(6) + 100)  # type: ignore[method-assign]
+    made._repel()
+    worst = candidates[errors[candidates].argsort(descending=True)[:2]].sort().values
+    assert made.repelled.nonzero().squeeze(1).tolist() == worst.tolist()
+    assert made.repelled_index.tolist() == (worst + 100).tolist()
+
+
+def test_rounds_are_at_the_start_of_detection_and_evenly_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    made, happened = refinement(), []
+    made.rounds = 3
+    made.plan({"pretrain": 4, "detect": 6, "retrain": 5})
+    monkeypatch.setattr(made, "_reject", lambda number: happened.append((done, f"round {number}")))
+    monkeypatch.setattr(made, "_repel", lambda: happened.append((done, "repel")))
+    for done in range(1, 16):
+        made.after_epoch(done)
+    assert happened == [(4, "round 1"), (6, "round 2"), (8, "round 3"), (10, "repel")]
+    happened.clear()
+    made.w_anomaly = 0.0
+    for done in range(1, 16):
+        made.after_epoch(done)
+    assert (10, "repel") not in happened, "a weight of 0 leaves them out, in no batch"
+
+
 @pytest.fixture(scope="module")
 def refined(tmp_path_factory: pytest.TempPathFactory) -> tuple[DictConfig, dict[str, Any], Weights]:
     cfg, weights = tiny(tmp_path_factory.mktemp("refined") / "runs", "itsr"), Weights()
@@ -164,6 +194,8 @@ def test_a_run_records_what_was_rejected_and_how_right_it_was(
         sets = {name: file[name] for name in file}
     assert [row["name"] for row in result["set_aside"]] == ["round 1", "round 2", "repelled"]
     train = result["partition"]["train"]
+    kept = torch.load(config.run_dir(cfg) / "last.ckpt", weights_only=True)["state_dict"]
+    assert kept["training_errors"].shape == (train,), "thresholds are of all training images"
     assert 0.05 * train < len(sets["round 1"]) < 0.2 * train, "about nu of the images in use"
     assert set(sets["round 1"]) < set(sets["round 2"]) and set(sets["repelled"]) < set(sets["round 2"])
     labels = config.load_images(cfg).labels
@@ -216,12 +248,15 @@ def test_stopped_anywhere_it_resumes_to_the_same_bits(
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["model.detector.rounds=0"], "rounds=0: detect in at least one round"),
+        (["model.detector.rounds=0"], "rounds=0: give a whole number"),
+        (["model.detector.rounds=2.5"], "rounds=2.5: give a whole number"),
+        (["model.detector.adversarial_cap=0"], "adversarial_cap=0: give a number above 0"),
+        (["model.budget.stages=5"], "give each stage its epochs"),
         (["model.detector.nu=1"], "nu=1: choose a share"),
         (["model.detector.retrain_quantile=80"], "retrain_quantile=80: choose a number from 0 to 1"),
         (["model.detector.w_anomaly=0.1"], "w_anomaly=0.1: .* choose 0 or less"),
         (["model.budget.stages.detect=15"], "whole epochs for each of the 10 rounds, not 500 and 15"),
-        (["+model.budget.stages.more=1"], "are pretrain, detect and retrain, in this order"),
+        (["+model.budget.stages.more=1"], "are pretrain, detect, retrain, in this order"),
         (["model.budget.stages.retrain=-1"], "stages.retrain=-1: give a whole number of epochs"),
     ],
 )
@@ -230,8 +265,25 @@ def test_a_wrong_option_is_named_with_the_right_ones(overrides: list[str], messa
         detector("itsr", *overrides)
 
 
-def test_dead_networks_are_a_recorded_failure(tmp_path: Path) -> None:
-    cfg = tiny(tmp_path, "aae", "model.optimizer.autoencoder.lr=1000", "model.budget.epochs=30", "model.batch_size=16")
-    with pytest.raises(Diverged, match=r"training (collapsed|diverged)"):
-        run(cfg)
-    assert "Diverged" in json.loads((config.run_dir(cfg) / "failure.json").read_text())["error"]
+def test_a_collapse_stays_a_failure_when_the_run_is_asked_for_again(tmp_path: Path) -> None:
+    options = ["model.optimizer.lr=5", "model.budget.epochs=20", "model.batch_size=16", "split.contamination.rate=0"]
+    cfg = tiny(tmp_path, "autoencoder_beggel", *options)
+    for _ in range(2):  # the second time nothing is trained, the checkpoint holds all epochs
+        with pytest.raises(Diverged, match=r"collapsed: .* have the same reconstruction; lower the learning rate"):
+            run(cfg)
+        assert "Diverged" in json.loads((config.run_dir(cfg) / "failure.json").read_text())["error"]
+        assert not (config.run_dir(cfg) / "result.json").exists()
+
+
+@pytest.mark.parametrize("model", ["itsr", "aae", "autoencoder_beggel"])
+def test_a_finished_run_scores_and_decides_on_new_images(
+    model: str, tmp_path: Path, refined: tuple[DictConfig, dict[str, Any], Weights]
+) -> None:
+    cfg = refined[0] if model == "itsr" else tiny(tmp_path / "runs", model, "model.budget.epochs=2")
+    run(cfg)
+    written = scores(cfg)
+    pixels = config.load_images(cfg).pixels[written["index"]]
+    loaded = load_run(config.run_dir(cfg))
+    np.testing.assert_allclose(loaded.score(pixels), written["score"], rtol=1e-5, atol=1e-6)
+    if model != "autoencoder_beggel":
+        assert np.array_equal(loaded.decide(pixels), written["score"] > 0.9)

@@ -26,6 +26,8 @@ SHRINK: dict[str, object] = {
     "model.detector.image_critic_widths": [4, 4, 4, 4],
     "model.detector.latent_critic_widths": [4, 4],
     "model.detector.features.weights": "random",
+    "model.detector.features.path": "null",
+    "model.detector.features.sha256": "null",
     "model.detector.features.architecture": "squeezenet1_0",
 }
 REDUCED = {

@@ -39,7 +39,7 @@ TINY = [
     "model.detector.latent_critic_widths=[9,8]",
     "model.detector.latent_size=6",
 ]
-RANDOM = "model.detector.features.weights=random"
+RANDOM = [f"model.detector.features.{key}" for key in ("weights=random", "path=null", "sha256=null")]
 
 
 def detector(model: str = "piad_pixel_l1", *overrides: str, shape: tuple[int, int, int] = (1, 32, 32)) -> PIAD:
@@ -168,7 +168,7 @@ def test_smaller_images_use_the_widths_nearest_to_the_image() -> None:
 
 def test_the_networks_start_alike_whatever_the_features() -> None:
     made = [detector(model).state_dict() for model in ("piad_pixel_l1",)]
-    made += [detector(model, RANDOM).state_dict() for model in ("piad", "piad_squeezenet")]
+    made += [detector(model, *RANDOM).state_dict() for model in ("piad", "piad_squeezenet")]
     assert made[0].keys() == made[1].keys() == made[2].keys()
     for name in (name for name in made[0] if not name.startswith("feature_")):
         assert torch.equal(made[0][name], made[1][name]) and torch.equal(made[0][name], made[2][name]), name
@@ -210,7 +210,7 @@ def test_the_critics_loss_is_the_papers(space: str) -> None:
 
 @pytest.mark.parametrize("model", ["piad_pixel_l1", "piad"])
 def test_the_relative_error_is_the_papers(model: str) -> None:
-    made = detector(model, *([RANDOM] if model == "piad" else []))
+    made = detector(model, *(RANDOM if model == "piad" else []))
     x, y = images(3), images(3, seed=1)
     mean, std = made.feature_mean, made.feature_std
     mean.copy_(torch.randn_like(mean) * 0.1)
@@ -433,7 +433,7 @@ def test_features_belong_to_nobody_and_are_in_no_checkpoint(weights_file: tuple[
 
 
 def test_statistics_of_the_training_images_give_unit_spread() -> None:
-    made, x = detector("piad", RANDOM).eval(), images(20)
+    made, x = detector("piad", *RANDOM).eval(), images(20)
     with torch.no_grad():
         made.before_fit(x)
         assert made.features is not None
@@ -521,7 +521,7 @@ def test_published_weights_are_fetched_once_and_verified(
 def test_pretrained_features_refuse_images_they_cannot_see() -> None:
     for shape, message in (((2, 32, 32), "1 or 3 channels, not 2"), ((1, 8, 8), "needs images of 16 pixels or more")):
         with pytest.raises(Exception, match=message) as error:
-            detector("piad_squeezenet", RANDOM, shape=shape)
+            detector("piad_squeezenet", *RANDOM, shape=shape)
         one_line(error)
     assert detector(shape=(2, 32, 32)).score(images(shape=(2, 32, 32))).shape == (4,)
 
@@ -586,7 +586,7 @@ def test_statistics_of_other_features_and_files_that_are_none_are_refused(
     words = capsys.readouterr().out.split(": ", 1)[1].split()
     assert json.loads(str(np.load(out)["provenance"]))["images"] == 2
     with pytest.raises(ValueError, match=r"belongs to other features \(checksum") as error:
-        detector("piad_squeezenet", RANDOM, *words).before_fit(images())
+        detector("piad_squeezenet", *RANDOM, *words).before_fit(images())
     one_line(error)
     with pytest.raises(ValueError, match=r"statistics\.path is missing"):
         detector("piad_squeezenet", *options(weights_file), words[1]).before_fit(images())
@@ -604,7 +604,7 @@ def test_statistics_of_other_features_and_files_that_are_none_are_refused(
         (["photos", "--model", "piad_pixel_l1"], "model=piad_pixel_l1 has no pretrained features"),
         (["photos", "--model", "ede"], "model=ede has no pretrained features"),
         (["photos", "--model", "typo"], "there is no model=typo: choose among"),
-        (["photos", RANDOM], "random features are drawn anew by every run"),
+        (["photos", *RANDOM], "random features are drawn anew by every run"),
         (["nowhere"], "nowhere is not a folder"),
         (["photos", "--limit", "0"], "--size and --limit are whole numbers from 1"),
     ],
@@ -621,6 +621,12 @@ def test_a_mistake_about_statistics_gets_one_line(
 
 
 # Runs ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("weights", ["torchvision", "random"])
+def test_a_file_that_would_not_be_read_is_refused(weights: str) -> None:
+    with pytest.raises(Exception, match=rf"which weights={weights} does not read: set .*weights=file, or both to null"):
+        detector("piad_squeezenet", f"model.detector.features.weights={weights}", "model.detector.features.path=my.pth")
 
 
 def test_where_a_file_lies_is_no_part_of_a_run_but_its_checksum_is(tmp_path: Path) -> None:

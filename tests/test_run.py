@@ -156,6 +156,21 @@ def test_watching_the_test_set_changes_nothing_and_is_shown_apart(
     assert "oracle_auroc" in torch.load(config.run_dir(cfg) / "last.ckpt")["anomaly_lab"]["history"][0]
 
 
+def test_what_was_watched_stays_watched_when_the_leak_is_measured_later(tmp_path: Path) -> None:
+    watched = run(tiny(tmp_path / "runs", "trainer.watch_test=true"))
+    measured = run(tiny(tmp_path / "runs", "trainer.measure_leak=true"))
+    assert watched is not None and measured is not None
+    assert measured["metrics"]["oracle_auroc"] == watched["metrics"]["oracle_auroc"] is not None
+    both = tiny(tmp_path / "runs", "trainer.watch_test=true", "trainer.measure_leak=true")
+    assert run(both, [Stop(after_steps=1)]) == measured, "all of it is there"
+
+
+def test_stages_are_refused_by_methods_without_any(tmp_path: Path) -> None:
+    cfg = tiny(tmp_path / "runs", "model.budget.epochs=null", "+model.budget.stages={a:3}")
+    with pytest.raises(ValueError, match=r"no stages, give model\.budget\.epochs or steps"):
+        run(cfg)
+
+
 def test_a_result_is_retired_before_its_checkpoint_is_overwritten(tmp_path: Path) -> None:
     assert run(tiny(tmp_path / "runs")) is not None
     watched = tiny(tmp_path / "runs", "trainer.watch_test=true")

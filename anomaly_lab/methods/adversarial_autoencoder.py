@@ -198,9 +198,11 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
         rounds: rounds of detection; the epochs of the stage ``detect`` must be a multiple.
         nu: of the one-class SVM, the share of outliers in each round, in (0, 1).
         retrain_quantile: of the candidates' errors, in [0, 1].
-        w_anomaly: weight of the likeliest anomalies, at most 0.
+        w_anomaly: weight of the likeliest anomalies, at most 0; with 0 they stay out as the others do.
         adversarial_cap: largest value of an adversarial term with negative weight.
     """
+
+    STAGES = ("pretrain", "detect", "retrain")
 
     rejected_in: Tensor  # int64 (N,): the round in which a training image was rejected, 0 for those in use
     repelled: Tensor  # bool (N,): those that come back with a negative weight
@@ -220,27 +222,27 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
         adversarial_cap: float,
     ) -> None:
         super().__init__(image_shape, width=width, latent_size=latent_size, critic_width=critic_width)
-        if rounds < 1:
-            raise ValueError(f"rounds={rounds}: detect in at least one round")
+        if type(rounds) is not int or rounds < 1:
+            raise ValueError(f"rounds={rounds}: give a whole number from 1")
         if not 0 < nu < 1:
             raise ValueError(f"nu={nu}: choose a share between 0 and 1")
         if not 0 <= retrain_quantile <= 1:
             raise ValueError(f"retrain_quantile={retrain_quantile}: choose a number from 0 to 1")
         if w_anomaly > 0:
             raise ValueError(f"w_anomaly={w_anomaly}: a weight above 0 would teach anomalies; choose 0 or less")
+        if adversarial_cap <= 0:
+            raise ValueError(f"adversarial_cap={adversarial_cap}: give a number above 0")
         self.rounds, self.nu, self.retrain_quantile = rounds, nu, retrain_quantile
         self.w_anomaly, self.adversarial_cap = w_anomaly, adversarial_cap
         self.register_buffer("repelled_index", torch.empty(0, dtype=torch.long))
 
     def plan(self, stages: Mapping[str, int]) -> None:
-        if tuple(stages) != ("pretrain", "detect", "retrain"):
-            raise ValueError("model.budget.stages of this method are pretrain, detect and retrain, in this order")
+        super().plan(stages)
         if stages["pretrain"] < 1 or stages["detect"] < self.rounds or stages["detect"] % self.rounds:
             raise ValueError(
                 f"model.budget.stages needs pretrain of at least 1 and detect in whole epochs for each of the "
                 f"{self.rounds} rounds, not {stages['pretrain']} and {stages['detect']}"
             )
-        super().plan(stages)
 
     def weights(self, batch: Batch) -> Tensor:
         return torch.where(torch.isin(batch.index, self.repelled_index), self.w_anomaly, 1.0)
@@ -253,7 +255,7 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
         stage, position = self.stage_of(done)  # of the epoch to come
         if stage == "detect" and position % (self.stages["detect"] // self.rounds) == 0:
             self._reject(1 + position // (self.stages["detect"] // self.rounds))
-        elif stage == "retrain" and position == 0:
+        elif stage == "retrain" and position == 0 and self.stages["retrain"] and self.w_anomaly:
             self._repel()
 
     def _reject(self, number: int) -> None:
@@ -267,10 +269,10 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
         self.rejected_in[in_use[torch.from_numpy(outlier).to(self.device)]] = number
 
     def _repel(self) -> None:
-        training = self.training_set()
         candidates = (self.rejected_in > 0).nonzero().squeeze(1)
         if not len(candidates):
             return
+        training = self.training_set()
         x = training.x[candidates]
         errors = torch.cat([squared_error(some, self.reconstruct(some)) for some in x.split(1000)])
         chosen = candidates[errors > errors.quantile(self.retrain_quantile)]
