@@ -99,8 +99,24 @@ def with_choices(cfg: DictConfig, choices: Mapping[str, str | None]) -> DictConf
     return cfg
 
 
+def runs_folder(overrides: Sequence[str]) -> Path:
+    """The folder of runs of a multirun."""
+    return Path(_compose(_without_sweeps(overrides)).runs)
+
+
+def chooses_points(overrides: Sequence[str]) -> bool:
+    """Whether the multirun's sweeper chooses its points while it runs, so that nobody can list its jobs before."""
+    return not str(_compose(_without_sweeps(overrides)).hydra.sweeper._target_).endswith(".BasicSweeper")
+
+
 def jobs(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of every job of a multirun, in Hydra's order, an experiment's own grid included."""
+    """The overrides of every job of a multirun, in Hydra's order, an experiment's own grid included.
+
+    Raises:
+        ValueError: see `chooses_points`.
+    """
+    if chooses_points(overrides):
+        raise ValueError("this sweeper chooses its points while it runs: there is no list of them beforehand")
     grid = dict(_compose(_without_sweeps(overrides)).hydra.sweeper.params or {})
     given = [f"{key}={value}" for key, value in grid.items()] + list(overrides)
     choices: dict[str, list[str]] = {}

@@ -164,16 +164,15 @@ def load_run(path: str | Path, device: str = "cpu") -> FittedDetector:
     if not (folder / "last.ckpt").is_file():
         raise ValueError(f"{folder} has lost its last.ckpt: delete its result.json and start the run again")
 
-    import torch
     from omegaconf import DictConfig
 
-    from anomaly_lab.run import make_detector, make_prepare
+    from anomaly_lab.run import load_checkpoint, make_detector, make_prepare
 
     where = _device(device)
     cfg = DictConfig(result["config"])
     detector = make_detector(cfg, result["image_shape"])
     try:
-        checkpoint = torch.load(folder / "last.ckpt", map_location="cpu", weights_only=True)
+        checkpoint = load_checkpoint(folder / "last.ckpt")
         detector.on_load_checkpoint(checkpoint)
         detector.load_state_dict(checkpoint["state_dict"])
         if int(detector.epochs_done) != result["epochs"]:

@@ -1163,12 +1163,27 @@ def main(argv: Sequence[str] | None = None, expected_runs: Callable[[str], Expec
     parser.add_argument(
         "--status", action="store_true", help="list done, running, failed, interrupted and missing runs"
     )
+    parser.add_argument(
+        "--prune",
+        action="store_true",
+        help="instead of a report: reduce the last.ckpt of finished runs to what scores new images",
+    )
     arguments = parser.parse_args(argv)
     try:
-        return _report(arguments, expected_runs)
+        return _prune(arguments.runs) if arguments.prune else _report(arguments, expected_runs)
     except (ValueError, OSError) as error:
         print(f"anomaly-lab-report: error: {error}", file=sys.stderr)
         return 2
+
+
+def _prune(runs: Path) -> int:
+    from anomaly_lab.run import prune  # torch and Lightning: seconds
+
+    folders = [runs / state.path for state in status(runs) if state.state == "done"]
+    freed = [prune(folder) for folder in folders]
+    pruned = sum(amount > 0 for amount in freed)
+    print(f"pruned {pruned} of {len(folders)} finished runs: {sum(freed) / 1e6:.1f} MB less")
+    return 0
 
 
 def _grid(experiment: str) -> Expected:

@@ -6,13 +6,14 @@ show what an uninterrupted one would have shown: `Tracker.start` replays the epo
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import logging
 import os
 import shutil
 import struct
-import warnings
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,8 +22,10 @@ from typing import Any
 
 import numpy as np
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
+
+from anomaly_lab.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -83,21 +86,36 @@ def opened(cfg: DictConfig, out: Path, identity: Mapping[str, Any]) -> Iterator[
     tracker.close(0)
 
 
+def show_again(cfg: DictConfig, out: Path, result: Mapping[str, Any]) -> None:
+    """Show a finished run as if it had just been made: for whoever asked for it and looks at the tracker only."""
+    with opened(cfg, out, result["identity"]) as tracker, np.load(out / "scores.npz") as scores:
+        tracker.start(result["history"])
+        tracker.publish(result, out / "figures", dict(scores))
+
+
 class Csv(Tracker):
-    """``metrics.csv`` in the run's folder, written anew at the start and then after each epoch."""
+    """``metrics.csv`` in the run's folder, written whole after each epoch.
+
+    Lightning's CSVLogger appends in place: whoever reads beside it, or after a kill, may meet half a row.
+    """
 
     def __init__(self, out: Path, identity: Mapping[str, Any], resolved: Any) -> None:
         super().__init__()
-        self._csv = CSVLogger(out, name="", version="", flush_logs_every_n_steps=1)
+        self._path = out / "metrics.csv"
+        self._rows: list[dict[str, float]] = []
 
     def start(self, history: Sequence[Mapping[str, float]]) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # it always does: .lock
-            _ = self._csv.experiment  # removes the file of an earlier attempt
+        self._path.unlink(missing_ok=True)  # an earlier attempt's
         super().start(history)
 
     def row(self, epoch: int, values: Mapping[str, float]) -> None:
-        self._csv.log_metrics(dict(values), step=epoch)
+        self._rows.append({"step": epoch, **values})
+        text = io.StringIO()
+        columns = dict.fromkeys(name for row in self._rows for name in row)
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._rows)
+        write_whole(self._path, lambda file: file.write(text.getvalue().encode()))
 
 
 class TensorBoard(Tracker):
