@@ -257,9 +257,9 @@ def _explained(error: Exception) -> str | None:
             f"{where} cannot be written: {UNWRITABLE[error.errno]}. Make room or let it be written, or name another "
             "place (runs=DIR); the same command then goes on after the last whole epoch"
         )
+    if isinstance(error, MissingConfigException) and (extra := EXTRAS.get(error.missing_cfg_file or "")):
+        return f"{error.missing_cfg_file} needs an extra: pip install anomaly-lab[{extra}]"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
-        if extra := EXTRAS.get(error.missing_cfg_file):
-            return f"{error.missing_cfg_file} needs an extra: pip install anomaly-lab[{extra}]"
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"there is no {group}={name}: choose among {', '.join(error.options)}"
     if isinstance(error, InstantiationException) and isinstance(cause, ValueError):

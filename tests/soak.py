@@ -39,7 +39,7 @@ import torch  # noqa: E402
 from PIL import Image  # noqa: E402
 
 import anomaly_lab.run  # noqa: E402, F401
-from anomaly_lab import cli, config, results  # noqa: E402
+from anomaly_lab import cli, results  # noqa: E402
 
 GRID = "model=shared_ae_small,autoencoder_small normal_class=3,8 seed=0"
 TINY = (
@@ -260,6 +260,7 @@ def soak(kills: int, commands: Sequence[str], seed: int, keep: Path | None) -> d
     seconds = time.monotonic() - begun
     expected = made(undisturbed)
     assert len(expected["runs"]) == RUNS
+    code_at = json.loads(next(undisturbed.runs.rglob("result.json")).read_text())["git"]
     figures: dict[str, Any] = {"kills": Counter(), "sweeps": 0, "continued": 0, "interrupts": 0, "died in a write": 0}
     figures |= {"files checked whole": 0, "faults": []}
     kinds = itertools.cycle(["a random moment", *AIMED, "a random moment", "a file being written", "Ctrl-C"])
@@ -313,6 +314,7 @@ def soak(kills: int, commands: Sequence[str], seed: int, keep: Path | None) -> d
     figures["seconds"] = round(time.monotonic() - started, 1)
     figures["seconds of the undisturbed sweep"] = round(seconds, 1)
     figures["runs"] = figures["sweeps"] * RUNS
+    figures["git"] = code_at
     return figures
 
 
@@ -333,10 +335,10 @@ def compared(found: dict[str, Any], expected: dict[str, Any], folders: Sequence[
 
 PAGE = """# Soak: what killing sweeps did
 
-Written by `make soak` (`tests/soak.py`); the figures are in [soak.json](soak.json). A sweep of {runs_each} short runs is
-killed with SIGKILL up to five times, continued by the same command, and then compared with a sweep that nothing
+Written by `make soak` (`tests/soak.py`); the figures are in [soak.json](soak.json). A sweep of {runs_each} short runs
+is killed with SIGKILL up to five times, continued by the same command, and then compared with a sweep that nothing
 disturbed: scores, metrics, histories and the report's metric columns, bit by bit. Run folder and `TMPDIR` lie on
-different file systems (disk and memory, by turns). After every kill each file in the folder is read as its reader does.
+different file systems (disk and memory, by turns). After every kill each file is read as its reader does it.
 
 | | |
 | --- | ---: |
@@ -351,13 +353,16 @@ def page(figures: dict[str, Any]) -> str:
         ("kills that left a half-written file behind", figures["died in a write"]),
         ("Ctrl-C, each ended with 130", figures["interrupts"]),
         ("sweeps", figures["sweeps"]),
-        ("runs", figures["runs"]),
+        ("runs, each compared", figures["runs"]),
         ("files read after the kills", figures["files checked whole"]),
     ]
     for word, what in FAULTS.items():
         rows.append((what, sum(word in fault for fault in figures["faults"])))
     rows.append(("other faults", sum(not any(word in fault for word in FAULTS) for fault in figures["faults"])))
-    rows += [("seconds", figures["seconds"])]
+    dirty = " with uncommitted changes" if figures["git"]["dirty"] else ""
+    rows += [("seconds, on a machine that did other things too", figures["seconds"])]
+    rows += [("seconds of one undisturbed sweep", figures["seconds of the undisturbed sweep"])]
+    rows += [("code", f"{(figures['git']['sha'] or 'unknown')[:9]}{dirty}")]
     shown = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return PAGE.format(rows=shown, runs_each=RUNS)
 

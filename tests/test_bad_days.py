@@ -303,7 +303,7 @@ def test_pruned_checkpoints_still_score_and_only_the_optimisers_are_lost(
 ) -> None:
     cfg = tiny(tmp_path / "runs", data)
     assert run(cfg) is not None
-    unfinished, interrupted = stopped(tmp_path / "others", data)
+    _, interrupted = stopped(tmp_path / "others", data)
     before, kept = (config.run_dir(cfg) / "last.ckpt").stat().st_size, interrupted.read_bytes()
     images = config.load_images(cfg).pixels[:20]
     expected = load_run(config.run_dir(cfg)).score(images)

@@ -1,4 +1,4 @@
-"""Nothing that dies loses a run, makes one twice, or leaves half a file: tests/soak.py, as far as CI has time for it."""
+"""Nothing that dies loses a run, makes one twice or leaves half a file: tests/soak.py, as far as CI has time."""
 
 from __future__ import annotations
 
