@@ -1239,6 +1239,7 @@ def _report(arguments: argparse.Namespace, expected_runs: Callable[[str], Expect
         return 0
     frame = read(arguments.runs)
     notices: list[str] = frame.attrs["damaged"]
+    notices += [f"{s.path} failed: {s.detail}" for s in status(arguments.runs, expected) if s.state == "failed"]
     for line in notices:
         print(line, file=sys.stderr)
     if name is not None:

@@ -17,7 +17,7 @@ import struct
 import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -296,6 +296,13 @@ class Wandb(Tracker):
             run, self._run = self._run, None
             try:
                 run.finish(exit_code=exit_code)
+            except TimeoutError:
+                Wandb._ask_again = time.monotonic() + self.RETRY
+                log.warning(
+                    "wandb: not all was uploaded within %.0f s; `wandb sync --include-online %s` sends the rest",
+                    self._finish_timeout,
+                    Path(run.dir).parent,
+                )
             finally:
                 # finish() returns before the recording is on disk; this waits for it. It also ends wandb's service,
                 # so that a broken one does not spoil the next run.
@@ -326,7 +333,10 @@ class Wandb(Tracker):
         before = set((self._out / "wandb").glob("*"))
         if mode == "online" and time.monotonic() >= Wandb._ask_again:
             settings = wandb.Settings(
-                console="off", init_timeout=self._init_timeout, finish_timeout=self._finish_timeout
+                console="off",
+                init_timeout=self._init_timeout,
+                finish_timeout=self._finish_timeout,
+                finish_timeout_raises=True,
             )
             try:
                 self._ask(wandb.setup().settings.base_url)
@@ -350,8 +360,12 @@ class Wandb(Tracker):
         """Raise where nobody answers: wandb itself would try for much longer."""
         import requests
 
-        with suppress(requests.exceptions.SSLError):  # somebody is there; wandb has certificates of its own to try
+        try:
             requests.head(url, timeout=self.ANSWER)
+        except requests.exceptions.SSLError:
+            return  # somebody is there; wandb has certificates of its own to try
+        except requests.exceptions.RequestException as error:
+            raise ConnectionError(f"{url}: {type(error).__name__}") from error
 
     @contextmanager
     def _mirroring(self) -> Iterator[None]:

@@ -439,6 +439,36 @@ def test_wandb_server_that_accepts_and_never_answers_is_given_up(
     assert "recorded offline" in warning
 
 
+def test_wandb_server_that_goes_away_costs_the_finish_timeout_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        server.received, server.names, server.known = [], set(), 0  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        (tmp_path / "run").mkdir()
+        tracker = Wandb(tmp_path / "run", IDENTITY, RESOLVED, finish_timeout=2)
+        tracker.start([])
+        server.shutdown()
+    slowest = 0.0
+    for epoch in range(1, 21):
+        started = time.monotonic()
+        tracker.log_metrics({"loss": 1 / epoch}, step=epoch)
+        slowest = max(slowest, time.monotonic() - started)
+    started = time.monotonic()
+    with caplog.at_level(logging.WARNING, logger="anomaly_lab"):
+        tracker.close(0)
+        assert time.monotonic() - started < 10
+        assert slowest < 1
+        (line,) = own_lines(caplog)
+        assert "not all was uploaded within 2 s" in line and str(tmp_path / "run/wandb/run-") in line
+        monkeypatch.setattr(Wandb, "_ask", lambda *_: pytest.fail("asked again"))
+        offline_from(tmp_path / "next", monkeypatch, url)
+    assert len(read_offline(tmp_path / "run")["history"]) == 20, "what was not uploaded is kept"
+
+
 def test_wandb_offline_run_is_synced_later_as_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "run").mkdir()
     tracker = Wandb(tmp_path / "run", IDENTITY, RESOLVED, mode="offline")
@@ -523,9 +553,13 @@ def test_the_wandb_sweep_minimises_what_a_run_logs_and_a_known_point_is_answered
 
 
 def test_the_dashboard_shows_what_runs_log_and_nothing_that_looked_at_test_labels_while_training(
-    whole: Callable[[str], tuple[Path, dict[str, Any]]], monkeypatch: pytest.MonkeyPatch, capsys: Any
+    whole: Callable[[str], tuple[Path, dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     pytest.importorskip("wandb_workspaces", reason="needs the extra: pip install anomaly-lab[dashboard]")
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))  # wandb's Api has one, where runs of ours have none
     views: list[dict[str, Any]] = []
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
         server.views, server.names = views, set()  # type: ignore[attr-defined]
@@ -548,7 +582,9 @@ def test_the_dashboard_shows_what_runs_log_and_nothing_that_looked_at_test_label
     assert not any("oracle" in name for name in named)
 
 
-def test_a_dashboard_that_cannot_be_made_is_one_line(capsys: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dashboard_that_cannot_be_made_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert results.main(["--dashboard", "lab"]) == 2
     assert "give ENTITY/PROJECT" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
