@@ -64,11 +64,11 @@ def train() -> None:
         if not asked.multirun:
             hydra_main()
             return
-        chooses = config.chooses_points(asked.overrides)
-        with _journal(config.runs_folder(asked.overrides)) as journal:
+        sweep = config.sweep(asked.overrides)
+        with _journal(sweep.runs) as journal:
             _whatever_dies(hydra_main, journal)
-            jobs = journal.jobs() if chooses else config.jobs(asked.overrides)
-        sys.exit(_summary(jobs, searched=chooses))
+            jobs = journal.jobs() if sweep.chooses_points else config.jobs(asked.overrides)
+        sys.exit(_summary(jobs, searched=sweep.chooses_points))
     except (KeyboardInterrupt, SystemExit) as end:
         if type(end).__name__ == "SIGTERMException":  # Lightning's, a SystemExit without a code
             print("terminated: the same command goes on after the last whole epoch", file=sys.stderr)
@@ -117,15 +117,17 @@ def _journal(runs: Path) -> Iterator[_Journal]:
         with open(path, "rb") as left, suppress(OSError):
             fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
             path.unlink()
-    path = (runs / f".sweep-{uuid.uuid4().hex[:8]}.jsonl").resolve()
-    with open(path, "xb") as file:
+    new = (runs / f".sweep-{uuid.uuid4().hex[:8]}.new").resolve()
+    path = new.with_suffix(".jsonl")
+    with open(new, "xb") as file:
         try:
             with suppress(OSError):  # a file system without locks
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            new.rename(path)  # locked already where another sweep may find it
             os.environ[JOURNAL] = str(path)
             yield _Journal(path)
         finally:
-            del os.environ[JOURNAL]
+            os.environ.pop(JOURNAL, None)
             path.unlink(missing_ok=True)
 
 

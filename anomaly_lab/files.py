@@ -13,12 +13,9 @@ from typing import IO
 UNWRITABLE = {
     errno.ENOSPC: "the file system is full",
     errno.EDQUOT: "the disk quota is used up",
-    errno.EFBIG: "it would be larger than files may be here",
     errno.EROFS: "the file system is read-only",
-    errno.EACCES: "permission denied",
-    errno.EPERM: "permission denied",
 }
-"""Why nothing can be written in a place: the error numbers that are no fault of one file or one run."""
+"""Error numbers that say that nothing can be written in a place, whichever file it is."""
 
 
 def write_whole(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import gc
 import hashlib
 import io
 import json
@@ -419,6 +420,7 @@ def _make(
     device = trainer.strategy.root_device
 
     if device.type == "cuda":
+        gc.collect()  # an earlier run of this process that failed may still hold memory, in cycles
         torch.cuda.reset_peak_memory_stats(device)
 
     checkpoint, history = _resumable(cfg, out)

@@ -250,7 +250,10 @@ def folders(place: Place) -> list[Path]:
 # The soak ---------------------------------------------------------------------------------------------------------
 
 
-def soak(kills: int, commands: Sequence[str], seed: int, keep: Path | None) -> dict[str, Any]:
+def soak(
+    kills: int, commands: Sequence[str], seed: int, keep: Path | None, note: Callable[[dict[str, Any]], None]
+) -> dict[str, Any]:
+    """Disturb sweeps until there were so many ``kills``; the figures, which ``note`` gets after every sweep too."""
     chance, started = random.Random(seed), time.monotonic()
     systems = [Path(tempfile.mkdtemp(prefix="soak-", dir=keep)), Path(tempfile.mkdtemp(prefix="soak-", dir="/dev/shm"))]
     undisturbed = Place(systems[0] / "undisturbed", systems[1])
@@ -262,7 +265,8 @@ def soak(kills: int, commands: Sequence[str], seed: int, keep: Path | None) -> d
     assert len(expected["runs"]) == RUNS
     code_at = json.loads(next(undisturbed.runs.rglob("result.json")).read_text())["git"]
     figures: dict[str, Any] = {"kills": Counter(), "sweeps": 0, "continued": 0, "interrupts": 0, "died in a write": 0}
-    figures |= {"files checked whole": 0, "faults": []}
+    figures |= {"files checked whole": 0, "faults": [], "git": code_at}
+    figures["seconds of the undisturbed sweep"] = round(seconds, 1)
     kinds = itertools.cycle(["a random moment", *AIMED, "a random moment", "a file being written", "Ctrl-C"])
     left_commands = list(commands)
 
@@ -308,13 +312,12 @@ def soak(kills: int, commands: Sequence[str], seed: int, keep: Path | None) -> d
         figures["faults"] += compared(made(place), expected, folders(place), where)
         figures["sweeps"] += 1
         shutil.rmtree(place.home) if not figures["faults"] else print(f"kept: {place.home}", file=sys.stderr)
+        figures["seconds"] = round(time.monotonic() - started, 1)
+        figures["runs"] = figures["sweeps"] * RUNS
+        note(figures)
     if not figures["faults"]:
         for folder in systems:
             shutil.rmtree(folder)
-    figures["seconds"] = round(time.monotonic() - started, 1)
-    figures["seconds of the undisturbed sweep"] = round(seconds, 1)
-    figures["runs"] = figures["sweeps"] * RUNS
-    figures["git"] = code_at
     return figures
 
 
@@ -387,11 +390,14 @@ def main() -> None:
     arguments = parser.parse_args()
     kinds = ["the command", "a worker of the parallel launcher", "the main process of the parallel launcher"]
     commands = [*itertools.islice(itertools.cycle(kinds), arguments.commands)]
-    figures = soak(arguments.kills, commands[::-1], arguments.seed, arguments.folder)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
-    if arguments.page:
-        arguments.page.write_text(page(figures))
+
+    def note(figures: dict[str, Any]) -> None:
+        if arguments.out:
+            arguments.out.write_text(json.dumps(figures, indent=1) + "\n")
+        if arguments.page:
+            arguments.page.write_text(page(figures))
+
+    figures = soak(arguments.kills, commands[::-1], arguments.seed, arguments.folder, note)
     print(json.dumps(figures, indent=1))
     sys.exit(bool(figures["faults"]))
 
