@@ -29,7 +29,7 @@ DONE, FAILED, MISTAKE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 JOURNAL = "ANOMALY_LAB_JOURNAL"
 """Environment variable, for a launcher's workers: the journal of the sweep they work for."""
 
-EXTRAS = {"hydra/launcher/joblib": "parallel", "hydra/sweeper/optuna": "optuna"}
+EXTRAS = {"hydra/sweeper/optuna": "optuna"}
 """Configs that come with an optional package, and the extra of ours that installs it."""
 
 
@@ -94,8 +94,14 @@ class _Journal(NamedTuple):
     path: Path
 
     def note(self, event: str, job: Sequence[str]) -> None:
-        with open(self.path, "ab") as file:  # one write of one line: lines of several processes do not mix
-            file.write(json.dumps([event, list(job)]).encode() + b"\n")
+        with suppress(FileNotFoundError):  # the sweep is over, and this one of the jobs that it left in a queue
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+            try:
+                # One write of one line: those of several processes do not mix. The line break is in front of it, so
+                # that a line which a full disk has cut off spoils no other.
+                os.write(file, b"\n" + json.dumps([event, list(job)]).encode())
+            finally:
+                os.close(file)
 
     def jobs(self) -> list[list[str]]:
         """Every job that was begun, in that order, each once."""
@@ -105,8 +111,9 @@ class _Journal(NamedTuple):
         return [list(job) for job, last in self._last().items() if last == event]
 
     def _last(self) -> dict[tuple[str, ...], str]:
-        lines = self.path.read_text(encoding="utf-8").splitlines()
-        return {tuple(job): event for event, job in map(json.loads, lines)}
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        whole = [line for line in lines if line.endswith("]]")]
+        return {tuple(job): event for event, job in map(json.loads, whole)}
 
 
 @contextmanager

@@ -358,8 +358,8 @@ def _too_large(cfg: DictConfig) -> str:
 def prune(out: Path) -> int:
     """Keep of the finished run in ``out`` only what scores new images; the bytes that were freed.
 
-    Gone are the optimisers' states, two thirds of the file with Adam. A run that loses its result.json afterwards is
-    trained anew instead of scored again.
+    Gone are the optimisers' states, two thirds of the file and more with Adam. A run that loses its result.json
+    afterwards is trained anew instead of scored again.
     """
     path = out / "last.ckpt"
     with _alone(out) as alone:

@@ -331,6 +331,26 @@ def test_the_parallel_launcher_runs_jobs_in_processes_that_share_the_cores(tmp_p
     assert threads == [max(1, len(os.sched_getaffinity(0)) // 2)] * 2
 
 
+def test_a_sweeps_journal_outlives_torn_lines_and_is_not_made_anew_by_late_jobs(tmp_path: Path) -> None:
+    with cli._journal(tmp_path / "runs") as journal:
+        journal.note("begun", ["seed=0"])
+        with open(journal.path, "ab") as file:
+            file.write(b'\n["begun", ["se')  # the disk was full
+        journal.note("begun", ["seed=1"])
+        journal.note("failed", ["seed=0"])
+        assert journal.jobs() == [["seed=0"], ["seed=1"]]
+        assert (journal.in_state("begun"), journal.in_state("failed")) == ([["seed=1"]], [["seed=0"]])
+        with cli._journal(tmp_path / "runs") as other:  # a second sweep in the same folder
+            assert journal.path.exists() and other.path != journal.path
+    journal.note("done", ["seed=1"])  # by a job that the sweep had left in a queue
+    assert journal.jobs() == []
+    left = tmp_path / "runs/.sweep-0123abcd.jsonl"
+    left.write_text("of a sweep that was killed")
+    with cli._journal(tmp_path / "runs"):
+        assert not left.exists()
+    assert not list((tmp_path / "runs").iterdir())
+
+
 DEADLY = '''
 import os, signal
 from anomaly_lab.detector import Detector
