@@ -315,7 +315,7 @@ def test_the_parallel_launcher_runs_jobs_in_processes_that_share_the_cores(tmp_p
     (tmp_path / "probe.py").write_text(PROBE)
     (configs / "probe.yaml").write_text(PROBE_YAML)
     environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")} | {
-        "PYTHONPATH": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
         "PROBES": str(probes),
         "ANOMALY_LAB_DATA": str(data),
         config.EXTRA_CONFIGS: str(tmp_path / "conf"),
