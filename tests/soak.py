@@ -40,7 +40,6 @@ from PIL import Image  # noqa: E402
 
 import anomaly_lab.run  # noqa: E402, F401
 from anomaly_lab import cli, results  # noqa: E402
-from anomaly_lab.tracking import read_offline  # noqa: E402
 
 GRID = "model=shared_ae_small,autoencoder_small normal_class=3,8 seed=0"
 TINY = (
@@ -59,7 +58,6 @@ class Place(NamedTuple):
 
     home: Path
     tmp: Path
-    logger: str = "csv"
 
     @property
     def runs(self) -> Path:
@@ -67,8 +65,7 @@ class Place(NamedTuple):
 
     @property
     def words(self) -> list[str]:
-        logger = [f"logger={self.logger}", *["logger.mode=offline"] * (self.logger == "wandb")]
-        return [*WORDS, f"data_dir={self.home / 'data'}", *logger]
+        return [*WORDS, f"data_dir={self.home / 'data'}"]
 
 
 # Processes --------------------------------------------------------------------------------------------------------
@@ -237,28 +234,13 @@ def made(place: Place) -> dict[str, Any]:
         run["history"] = [{k: v for k, v in row.items() if k != "seconds"} for row in result["history"]]
         with np.load(path.parent / "scores.npz") as scores:
             run["scores"] = {name: scores[name].tobytes().hex() for name in scores.files}
-        run["logged rows"] = logged(path.parent, place.logger)
+        with open(path.parent / "metrics.csv", newline="") as file:
+            run["rows"] = [{k: v for k, v in row.items() if k != "seconds"} for row in csv.DictReader(file)]
         runs[str(path.parent.relative_to(place.runs))] = run
     frame = results.read(place.runs)
     of_machine = {"images_per_second", "seconds", "finished", "peak_memory_mb", "git_sha", "dirty", "device"}
     measured = [name for name in frame if name not in of_machine]
     return {"runs": runs, "report": json.loads(frame[measured].to_json(orient="records", double_precision=15))}
-
-
-def logged(out: Path, logger: str) -> Any:
-    """What the logger shows of a run: a row an epoch, the same by every logger."""
-    if logger == "csv":
-        with open(out / "metrics.csv", newline="") as file:
-            rows = [{name: float(value) for name, value in row.items()} for row in csv.DictReader(file)]
-        return [{k: v for k, v in row.items() if k not in ("seconds", "step")} | {"epoch": row["step"]} for row in rows]
-    recordings = [*(out / "wandb").glob("*run-*")]
-    if len(recordings) != 1:
-        return f"{len(recordings)} recordings"
-    recording = read_offline(recordings[0])
-    if recording["exit_code"] != 0:
-        return f"ended with {recording['exit_code']}"
-    rows = [row for row in recording["history"] if "epoch" in row]
-    return [{k: v for k, v in row.items() if k != "seconds" and not k.startswith("_")} for row in rows]
 
 
 def folders(place: Place) -> list[Path]:
@@ -290,7 +272,7 @@ def soak(
 
     while figures["kills"].total() < kills or left_commands:
         home, tmp = systems if figures["sweeps"] % 2 == 0 else reversed(systems)
-        place = Place(home / f"sweep{figures['sweeps']}", tmp, "wandb" if figures["sweeps"] % 3 == 1 else "csv")
+        place = Place(home / f"sweep{figures['sweeps']}", tmp)
         place.home.mkdir()
         for _ in range(5):
             if figures["kills"].total() >= kills and not left_commands:
@@ -359,9 +341,7 @@ PAGE = """# Soak: what killing sweeps did
 Written by `make soak` (`tests/soak.py`); the figures are in [soak.json](soak.json). A sweep of {runs_each} short runs
 is killed with SIGKILL up to five times, continued by the same command, and then compared with a sweep that nothing
 disturbed: scores, metrics, histories and the report's metric columns, bit by bit. Run folder and `TMPDIR` lie on
-different file systems (disk and memory, by turns). After every kill each file is read as its reader does it. Every
-third sweep is recorded by wandb (offline) instead of `metrics.csv`: one recording a run, every epoch once, the same
-values.
+different file systems (disk and memory, by turns). After every kill each file is read as its reader does it.
 
 | | |
 | --- | ---: |
