@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test lint format clean
+.PHONY: help install demo test soak lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -13,7 +13,7 @@ install: $(BIN)/.installed ## make .venv with everything the commands and the te
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "anomaly_lab needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,parallel]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,parallel,optuna,dashboard]'
 	touch $@
 
 demo: install ## train the default run on the embedded digits, then show the table and where the figures are
@@ -22,6 +22,9 @@ demo: install ## train the default run on the embedded digits, then show the tab
 
 test: install ## run the tests; real data in ANOMALY_LAB_DATA and a GPU are used where they are there
 	$(BIN)/python -m pytest
+
+soak: install ## kill sweeps 60 times and compare what they end with: docs/soak.md (a quarter of an hour)
+	$(BIN)/python tests/soak.py --kills 60 --commands 6 --out docs/soak.json --page docs/soak.md
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff check .

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import argparse
+import fcntl
+import json
 import logging
 import os
+import subprocess
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+from anomaly_lab.files import UNWRITABLE
 
 if TYPE_CHECKING:
     from omegaconf import DictConfig
@@ -18,6 +25,12 @@ DRY_RUN = "--dry-run"
 
 DONE, FAILED, MISTAKE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
 """Exit codes: everything asked for is there; a run failed or is left; the command itself is wrong; Ctrl-C; SIGTERM."""
+
+JOURNAL = "ANOMALY_LAB_JOURNAL"
+"""Environment variable, for a launcher's workers: the journal of the sweep they work for."""
+
+EXTRAS = {"hydra/sweeper/optuna": "optuna"}
+"""Configs that come with an optional package, and the extra of ours that installs it."""
 
 
 def train() -> None:
@@ -37,7 +50,7 @@ def train() -> None:
     # slower. Read when torch is loaded, and inherited by a launcher's workers.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors come here as exceptions, not as pages of Hydra's own
-    for name in ("hydra", "hydra_plugins"):
+    for name in ("hydra", "hydra_plugins", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)  # a sweep prints a line a run, not two more of the launcher
     try:
         if asked.config_dir or asked.config_path or asked.config_name:
@@ -47,9 +60,15 @@ def train() -> None:
         if dry:
             sys.exit(_dry_run(asked.overrides))
         sys.argv += config.search_path()
-        main(config_path=str(config.CONFIG_DIR), config_name="train", version_base="1.3")(_job)()
-        if asked.multirun:
-            sys.exit(_summary(asked.overrides))
+        hydra_main = main(config_path=str(config.CONFIG_DIR), config_name="train", version_base="1.3")(_job)
+        if not asked.multirun:
+            hydra_main()
+            return
+        sweep = config.sweep(asked.overrides)
+        with _journal(sweep.runs) as journal:
+            _whatever_dies(hydra_main, journal)
+            jobs = journal.jobs() if sweep.chooses_points else config.jobs(asked.overrides)
+        sys.exit(_summary(jobs, searched=sweep.chooses_points))
     except (KeyboardInterrupt, SystemExit) as end:
         if type(end).__name__ == "SIGTERMException":  # Lightning's, a SystemExit without a code
             print("terminated: the same command goes on after the last whole epoch", file=sys.stderr)
@@ -63,11 +82,92 @@ def train() -> None:
         line = _explained(error)
         if line is None:
             raise
-        sys.exit(_mistake("anomaly-lab", line))
+        sys.exit(_mistake("anomaly-lab", line, FAILED if _is_failure(error) else MISTAKE))
 
 
-def _job(cfg: DictConfig) -> None:
-    """One run, under Hydra: in this process, or in one of a launcher's."""
+class _Journal(NamedTuple):
+    """What became of the jobs of a sweep, a line each time one starts or ends, by whatever process makes it.
+
+    Sweepers that choose their own points tell nobody which, and a process that was killed cannot say which it made.
+    """
+
+    path: Path
+
+    def note(self, event: str, job: Sequence[str]) -> None:
+        with suppress(FileNotFoundError):  # the sweep is over, and this one of the jobs that it left in a queue
+            file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
+            try:
+                # One write of one line: those of several processes do not mix. The line break is in front of it, so
+                # that a line which a full disk has cut off spoils no other.
+                os.write(file, b"\n" + json.dumps([event, list(job)]).encode())
+            finally:
+                os.close(file)
+
+    def jobs(self) -> list[list[str]]:
+        """Every job that was begun, in that order, each once."""
+        return [list(job) for job in self._last()]
+
+    def in_state(self, event: str) -> list[list[str]]:
+        return [list(job) for job, last in self._last().items() if last == event]
+
+    def _last(self) -> dict[tuple[str, ...], str]:
+        lines = self.path.read_text(encoding="utf-8").splitlines() if self.path.exists() else []
+        whole = [line for line in lines if line.endswith("]]")]
+        return {tuple(job): event for event, job in map(json.loads, whole)}
+
+
+@contextmanager
+def _journal(runs: Path) -> Iterator[_Journal]:
+    """The journal of one sweep: in the folder of runs, which all machines see, and for as long as the sweep lasts."""
+    runs.mkdir(parents=True, exist_ok=True)
+    for path in runs.glob(".sweep-*.jsonl"):  # of sweeps that were killed: nobody holds them
+        with open(path, "rb") as left, suppress(OSError):
+            fcntl.flock(left, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+    new = (runs / f".sweep-{uuid.uuid4().hex[:8]}.new").resolve()
+    path = new.with_suffix(".jsonl")
+    with open(new, "xb") as file:
+        try:
+            with suppress(OSError):  # a file system without locks
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            new.rename(path)  # locked already where another sweep may find it
+            os.environ[JOURNAL] = str(path)
+            yield _Journal(path)
+        finally:
+            os.environ.pop(JOURNAL, None)
+            path.unlink(missing_ok=True)
+
+
+def _whatever_dies(sweep: Callable[[], None], journal: _Journal) -> None:
+    """Let Hydra make its sweep; go on with the rest where a launcher's worker is killed and takes the others along.
+
+    Nobody can tell which of those that were being made was to blame (the one that took all the memory, mostly). So
+    each is made alone: what dies alone is given up, and the sweep goes on with what neither is done nor failed.
+    """
+    while True:
+        try:
+            sweep()
+            return
+        except Exception as error:
+            # By name: joblib's, and need not be here.
+            names = {kind.__name__ for kind in type(error).__mro__}
+            suspects = journal.in_state("begun")
+            if "BrokenProcessPool" not in names or not suspects:
+                raise
+        print(f"a worker process was killed; {len(suspects)} runs that were being made are made alone", file=sys.stderr)
+        for job in suspects:
+            program = "import sys; from anomaly_lab.cli import train; sys.argv[0] = 'anomaly-lab'; train()"
+            code = subprocess.run([sys.executable, "-c", program, *job], stdout=subprocess.DEVNULL).returncode
+            journal.note("done" if code == DONE else "failed", job)
+            if code < 0:
+                print(f"failed: {' '.join(job)}: its process was killed by signal {-code}", file=sys.stderr, flush=True)
+
+
+def _job(cfg: DictConfig) -> float | None:
+    """One run, under Hydra: in this process, or in one of a launcher's.
+
+    Returns the ``val_score``, which sweepers that choose their own points minimise; None if there is no result.
+    """
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from hydra.types import RunMode
@@ -75,40 +175,65 @@ def _job(cfg: DictConfig) -> None:
     from anomaly_lab import config
 
     hydra = HydraConfig.get()
-    sweep = hydra.mode == RunMode.MULTIRUN
+    sweep, job = hydra.mode == RunMode.MULTIRUN, list(hydra.overrides.task)
+    journal = _Journal(Path(os.environ[JOURNAL])) if sweep and JOURNAL in os.environ else None
+    if journal is not None:
+        if job in journal.in_state("failed"):
+            return None  # in this very sweep, before a worker died
+        journal.note("begun", job)
     out: Path | None = None
+    ended = "failed"
     try:
         cfg = config.with_choices(cfg, hydra.runtime.choices)
         if not sweep:
             _refuse_grid(cfg.choices.experiment, hydra.sweeper.params, hydra.overrides.task)
         out = config.run_dir(cfg)  # finds most mistakes, before anything heavy is imported
         result = before = config.finished(cfg)
-        if result is None:
+        if before is None:
             from anomaly_lab.run import run  # torch and Lightning: seconds
 
             _quiet()
             result = run(cfg)
+        elif "WANDB_SWEEP_ID" in os.environ:  # its agent waits for a result, also of a point that is known
+            from anomaly_lab.tracking import show_again
+
+            show_again(cfg, out, before)
+        ended = "done" if result is not None else "busy"
     except Exception as error:
+        if isinstance(error, OSError) and error.errno in UNWRITABLE and sweep:
+            raise  # the others could not write either
         line = _explained(error)
         if line is None:
             traceback.print_exc()
             line = f"{type(error).__name__}: {_flat(str(error))}"
             code = FAILED
         else:
-            code = FAILED if type(error).__name__ == "Diverged" else MISTAKE  # by name: torch need not be here yet
+            code = FAILED if _is_failure(error) else MISTAKE
             if isinstance(error, HydraException) and out is not None:  # a method that could not be made
                 line += f"; traceback in {out / 'failure.json'}"
         if not sweep:
             sys.exit(_mistake("anomaly-lab", line, code))
         # The other runs of a sweep go on; the summary at its end finds the failure again.
-        print(f"failed: {out or ' '.join(hydra.overrides.task)}: {line}", file=sys.stderr, flush=True)
-        return
+        print(f"failed: {out or ' '.join(job)}: {line}", file=sys.stderr, flush=True)
+        return None
+    finally:
+        if journal is not None:
+            journal.note(ended, job)
     if result is None:
         print(f"left to the process that is busy with it: {out}", file=sys.stderr, flush=True)
-    elif sweep:
+        return None
+    if sweep:
         print(_result_line(result) + ("  (done before)" if before else ""), flush=True)
     else:
         _print_result(result, out)
+    return float(result["metrics"]["val_score"])
+
+
+def _is_failure(error: Exception) -> bool:
+    """Whether the command was right and the run, or the machine, failed it."""
+    # By name: torch need not be here yet.
+    named = type(error).__name__ in ("Diverged", "OutOfMemory")
+    return named or (isinstance(error, OSError) and error.errno in UNWRITABLE)
 
 
 def _refuse_grid(experiment: str | None, grid: Mapping[str, Any] | None, given: Sequence[str]) -> None:
@@ -135,6 +260,14 @@ def _explained(error: Exception) -> str | None:
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
     text, cause = _flat(str(error)), error.__cause__
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        where = error.filename or "a file"
+        return (
+            f"{where} cannot be written: {UNWRITABLE[error.errno]}. Make room or let it be written, or name another "
+            "place (runs=DIR); the same command then goes on after the last whole epoch"
+        )
+    if isinstance(error, MissingConfigException) and (extra := EXTRAS.get(error.missing_cfg_file or "")):
+        return f"{error.missing_cfg_file} needs an extra: pip install anomaly-lab[{extra}]"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
         return f"there is no {group}={name}: choose among {', '.join(error.options)}"
@@ -218,10 +351,9 @@ class _Run(NamedTuple):
     out: Path | None = None
 
 
-def _grid(overrides: Sequence[str]) -> list[_Run]:
+def _grid(jobs: Sequence[Sequence[str]]) -> list[_Run]:
     from anomaly_lab import config, results
 
-    jobs = config.jobs(overrides)
     common = set[str]().union(*jobs[:1]).intersection(*jobs) if len(jobs) > 1 else set()
     runs = []
     for job in jobs:
@@ -243,9 +375,18 @@ def _grid(overrides: Sequence[str]) -> list[_Run]:
     return runs
 
 
-def _summary(overrides: Sequence[str]) -> int:
-    """How a sweep ended: why runs failed, and how many of each state there are."""
-    runs = _grid(overrides)
+def _summary(jobs: Sequence[Sequence[str]], *, searched: bool) -> int:
+    """How a sweep ended: why runs failed, how many of each state there are, and what a search found."""
+    from anomaly_lab import config
+
+    runs = _grid(jobs)
+    if searched:
+        runs = list({run.name: run for run in runs}.values())  # a search may come back to a point
+        found = [(result, run) for run in runs if run.cfg is not None and (result := config.finished(run.cfg))]
+        if found:
+            best, run = min(found, key=lambda pair: pair[0]["metrics"]["val_score"])
+            changed = "  ".join(f"{key}={value}" for key, value in best["identity"]["changed"].items())
+            print(f"lowest val_score: {best['metrics']['val_score']:.6g}  {run.name}  {changed}".rstrip())
     states = ["failed" if run.state == "impossible" else run.state for run in runs]
     for run, state in zip(runs, states, strict=True):
         if state != "done":
@@ -258,10 +399,11 @@ def _summary(overrides: Sequence[str]) -> int:
 
 
 def _dry_run(overrides: Sequence[str]) -> int:
-    import json
     from statistics import median
 
-    runs = _grid(overrides)
+    from anomaly_lab import config
+
+    runs = _grid(config.jobs(overrides))
     seconds: dict[Any, list[float]] = {}
     for run in runs:
         if run.state == "done" and run.out is not None:

@@ -12,7 +12,7 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
@@ -97,9 +97,30 @@ def with_choices(cfg: DictConfig, choices: Mapping[str, str | None]) -> DictConf
     return cfg
 
 
+class Sweep(NamedTuple):
+    """What a multirun is, before any of its jobs is composed."""
+
+    runs: Path
+    grid: dict[str, Any]  # an experiment's own, or a search's space
+    chooses_points: bool  # while it runs: nobody can list the jobs of such a sweeper before
+
+
+def sweep(overrides: Sequence[str]) -> Sweep:
+    """The multirun that ``overrides`` describe."""
+    cfg = _compose(_without_sweeps(overrides))
+    sweeper = cfg.hydra.sweeper
+    return Sweep(Path(cfg.runs), dict(sweeper.params or {}), not sweeper._target_.endswith(".BasicSweeper"))
+
+
 def jobs(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of every job of a multirun, in Hydra's order, an experiment's own grid included."""
-    grid = dict(_compose(_without_sweeps(overrides)).hydra.sweeper.params or {})
+    """The overrides of every job of a multirun, in Hydra's order, an experiment's own grid included.
+
+    Raises:
+        ValueError: the sweeper chooses its points itself.
+    """
+    _, grid, chooses_points = sweep(overrides)
+    if chooses_points:
+        raise ValueError("this sweeper chooses its points while it runs: there is no list of them beforehand")
     given = [f"{key}={value}" for key, value in grid.items()] + list(overrides)
     choices: dict[str, list[str]] = {}
     for override in OverridesParser.create().parse_overrides(overrides=given):

@@ -202,6 +202,8 @@ class Dataset(ABC):
         with _locked(self.root, self.name):
             images = self._cached()  # another process may have made it while this one waited
             if images is None:
+                for part in self.root.glob(f".{self.cache.name}.*.part"):  # of a process that was killed
+                    part.unlink(missing_ok=True)
                 source = self._source()  # first, so that a change during the decoding makes the cache stale
                 images = self.decode()
                 _write(self.cache, images, source)

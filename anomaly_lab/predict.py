@@ -169,11 +169,10 @@ def load_run(path: str | Path, device: str = "cpu", data_dir: str | Path | None 
     if not (folder / "last.ckpt").is_file():
         raise ValueError(f"{folder} has lost its last.ckpt: delete its result.json and start the run again")
 
-    import torch
     from hydra.errors import InstantiationException
     from omegaconf import DictConfig
 
-    from anomaly_lab.run import make_detector, make_prepare
+    from anomaly_lab.run import load_checkpoint, make_detector, make_prepare
 
     where = _device(device)
     config = result["config"]
@@ -188,7 +187,7 @@ def load_run(path: str | Path, device: str = "cpu", data_dir: str | Path | None 
         hint = " (where that was in the run's data_dir: name today's with data_dir or --data-dir)"
         raise ValueError(f"{error.__cause__}{hint * ('.path=' in str(error.__cause__))}") from error
     try:
-        checkpoint = torch.load(folder / "last.ckpt", map_location="cpu", weights_only=True)
+        checkpoint = load_checkpoint(folder / "last.ckpt")
         detector.on_load_checkpoint(checkpoint)
         detector.load_state_dict(checkpoint["state_dict"])
         if int(detector.epochs_done) != result["epochs"]:

@@ -1276,12 +1276,52 @@ def main(argv: Sequence[str] | None = None, expected_runs: Callable[[str], Expec
     parser.add_argument(
         "--status", action="store_true", help="list done, running, failed, interrupted and missing runs"
     )
+    parser.add_argument(
+        "--prune",
+        action="store_true",
+        help="instead of a report: reduce the last.ckpt of finished runs to what scores new images",
+    )
+    parser.add_argument(
+        "--dashboard",
+        metavar="ENTITY/PROJECT",
+        help="instead of a report: lay out a workspace for the runs that logger=wandb has sent there",
+    )
     arguments = parser.parse_args(argv)
     try:
-        return _report(arguments, expected_runs)
+        if arguments.dashboard:
+            return _dashboard(arguments.dashboard)
+        return _prune(arguments.runs) if arguments.prune else _report(arguments, expected_runs)
     except (ValueError, OSError) as error:
         print(f"anomaly-lab-report: error: {error}", file=sys.stderr)
         return 2
+
+
+def _dashboard(place: str) -> int:
+    from anomaly_lab.tracking import workspace  # Lightning and wandb: seconds
+
+    entity, slash, project = place.partition("/")
+    if not (entity and slash and project) or "/" in project:
+        raise ValueError(f"--dashboard {place}: give ENTITY/PROJECT, as in the address of the project's page")
+    made = workspace(entity, project)
+    try:
+        made.save()
+    except Exception as error:  # no key, no project, no network: wandb's errors have no common base
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(
+            f"the dashboard could not be saved ({type(error).__name__}: {reason}): see wandb login"
+        ) from error
+    print(f"written: {made.url}")
+    return 0
+
+
+def _prune(runs: Path) -> int:
+    from anomaly_lab.run import prune  # torch and Lightning: seconds
+
+    folders = [runs / state.path for state in status(runs) if state.state == "done"]
+    freed = [prune(folder) for folder in folders]
+    pruned = sum(amount > 0 for amount in freed)
+    print(f"pruned {pruned} of {len(folders)} finished runs: {sum(freed) / 1e6:.1f} MB less")
+    return 0
 
 
 def _grid(experiment: str) -> Expected:
@@ -1312,6 +1352,7 @@ def _report(arguments: argparse.Namespace, expected_runs: Callable[[str], Expect
         return 0
     frame = read(arguments.runs)
     notices: list[str] = frame.attrs["damaged"]
+    notices += [f"{s.path} failed: {s.detail}" for s in status(arguments.runs, expected) if s.state == "failed"]
     for line in notices:
         print(line, file=sys.stderr)
     if name is not None:

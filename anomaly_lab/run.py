@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import fcntl
 import functools
+import gc
 import hashlib
+import io
 import json
 import logging
 import math
@@ -16,6 +18,7 @@ import sys
 import time
 import traceback
 import warnings
+import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -37,7 +40,7 @@ from tqdm import tqdm
 from anomaly_lab import config, figures, metrics, tracking
 from anomaly_lab.data import OneClassData, Prepare
 from anomaly_lab.detector import Detector, Diverged
-from anomaly_lab.files import write_whole
+from anomaly_lab.files import remove_parts, write_whole
 
 log = logging.getLogger(__name__)
 
@@ -47,6 +50,10 @@ COLLAPSED = 1e-6
 """Reconstructions that differ from image to image by less than that share of their own size are one and the same."""
 
 HARDLY_BEGUN = 100  # steps
+
+
+class OutOfMemory(ValueError):
+    """The run does not fit into the memory of its device."""
 
 
 def stream(seed: int, purpose: str) -> int:
@@ -63,7 +70,33 @@ class _WholeFiles(TorchCheckpointIO):
     """Checkpoints beside their place, then renamed. Lightning's own go through TMPDIR, often another file system."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        write_whole(Path(path), lambda file: torch.save(checkpoint, file))
+        # In memory first: torch's writer would turn a full disk into an error of its own that says nothing.
+        buffer = io.BytesIO()
+        torch.save(checkpoint, buffer)
+        write_whole(Path(path), lambda file: file.write(buffer.getbuffer()))
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The checkpoint in ``path``, on the CPU, its bytes held to the checksums in the archive.
+
+    torch itself does not look at them: a flipped bit of a weight would be trained on and scored with.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    # zipfile and torch raise BadZipFile, RuntimeError, UnpicklingError, EOFError, KeyError, ... as the damage wants it.
+    except Exception as error:
+        if isinstance(error, OSError):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {reason})") from error
+    return checkpoint
 
 
 class _LastCheckpoint(Checkpoint):
@@ -123,7 +156,10 @@ class _Progress(Callback):
 
 @contextmanager
 def _alone(out: Path) -> Iterator[bool]:
-    """Whether this process has the run's folder for itself. The kernel lets go of the lock when a process dies."""
+    """Whether this process has the run's folder for itself. The kernel lets go of the lock when a process dies.
+
+    Who has it removes what killed processes left half-written.
+    """
     out.mkdir(parents=True, exist_ok=True)
     with open(out / ".lock", "w") as file:
         for attempt in (1, 2):
@@ -138,6 +174,7 @@ def _alone(out: Path) -> Iterator[bool]:
                 log.warning("%s cannot be locked (%s): take care that nobody else makes the same run", out, error)
                 break
             else:
+                remove_parts(out)  # without a lock they might be somebody's
                 break
         yield True
 
@@ -292,7 +329,10 @@ def run(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> dict[str, Any] |
 
     Raises:
         ValueError: the configuration or the data do not fit; one line says what to do.
-        Diverged: training left the finite numbers. Whatever ends a started run is recorded in ``failure.json``.
+        Diverged: training left the finite numbers.
+        OutOfMemory: the device's memory, or the machine's, is too small.
+
+    Whatever ends a started run, but a signal, is recorded in ``failure.json``.
     """
     identity = config.identity(cfg)
     out = config.run_dir(cfg)
@@ -310,13 +350,52 @@ def run(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> dict[str, Any] |
                 return result
             (out / "result.json").unlink(missing_ok=True)  # without the test AUROC that is asked for now
             with tracking.opened(cfg, out, identity) as tracker, numerics(cfg.trainer.precision):
-                result = _make(cfg, identity, out, tracker, callbacks)
+                try:
+                    result = _make(cfg, identity, out, tracker, callbacks)
+                except (torch.OutOfMemoryError, MemoryError) as error:
+                    raise OutOfMemory(_too_large(cfg)) from error
         except Exception as error:
             failure = {"identity": identity, "error": " ".join(f"{type(error).__name__}: {error}".split())}
-            write_json(out / "failure.json", failure | {"traceback": traceback.format_exc(), "time": _now()})
+            try:
+                write_json(out / "failure.json", failure | {"traceback": traceback.format_exc(), "time": _now()})
+            except OSError as second:
+                if not isinstance(error, OSError):  # else it says the same: the disk is full
+                    log.warning("the failure itself cannot be recorded: %s", second)
             raise
-        (out / "failure.json").unlink(missing_ok=True)
         return result
+
+
+def _too_large(cfg: DictConfig) -> str:
+    memory = ""
+    if torch.cuda.is_available():
+        free, total = (value / 2**20 for value in torch.cuda.mem_get_info())
+        memory = f"; {total:.0f} MB in all, {free:.0f} MB of them free now"
+    return (
+        f"out of memory with model.batch_size={cfg.model.batch_size} and "
+        f"trainer.score_batch_size={cfg.trainer.score_batch_size}{memory}: free the device of other processes, lower "
+        "trainer.score_batch_size where scoring failed (it changes no result), or model.batch_size or the networks' "
+        "width (which makes another run)"
+    )
+
+
+def prune(out: Path) -> int:
+    """Keep of the finished run in ``out`` only what scores new images; the bytes that were freed.
+
+    Gone are the optimisers' states, two thirds of the file and more with Adam. A run that loses its result.json
+    afterwards is trained anew instead of scored again.
+    """
+    path = out / "last.ckpt"
+    with _alone(out) as alone:
+        if not alone or not (out / "result.json").is_file() or not path.is_file():
+            return 0
+        checkpoint = load_checkpoint(path)
+        if "optimizer_states" not in checkpoint:
+            return 0
+        before = path.stat().st_size
+        for training in ("optimizer_states", "lr_schedulers", "loops", "callbacks"):
+            checkpoint.pop(training, None)
+        _WholeFiles().save_checkpoint(checkpoint, path)
+        return before - path.stat().st_size
 
 
 def _now() -> str:
@@ -329,12 +408,14 @@ def _resumable(cfg: DictConfig, out: Path) -> tuple[Path | None, list[dict[str, 
     if not path.is_file():
         return None, []
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        checkpoint = load_checkpoint(path)
         history, settings = checkpoint["anomaly_lab"]["history"], checkpoint["settings"]
         watched = checkpoint["watched"]
-    # torch raises RuntimeError, UnpicklingError, EOFError or KeyError, as the damage wants it.
-    except Exception as error:
-        log.warning("%s cannot be read (%s): starting again", path, type(error).__name__)
+    except (ValueError, KeyError, TypeError) as error:  # damaged, or whole and of another program
+        log.warning("%s cannot be read: starting again (%s)", path, error)
+        return None, []
+    if "optimizer_states" not in checkpoint:
+        log.info("%s: pruned to its weights, from which training cannot go on; starting again", out)
         return None, []
     config.refuse_other_settings(settings, cfg, out)
     if cfg.trainer.watch_test and not watched:
@@ -362,6 +443,7 @@ def _make(
     device = trainer.strategy.root_device
 
     if device.type == "cuda":
+        gc.collect()  # an earlier run of this process that failed may still hold memory, in cycles
         torch.cuda.reset_peak_memory_stats(device)
 
     checkpoint, history = _resumable(cfg, out)
@@ -442,6 +524,7 @@ def _make(
     }
     _draw(detector.to(device).eval(), data, score, result, out / "figures")
     tracker.publish(result, out / "figures", arrays)  # before the run counts as done: a killed one shows it again
+    (out / "failure.json").unlink(missing_ok=True)  # of an earlier attempt; before, so that no finished run keeps one
     write_json(out / "result.json", result)
     return result
 

@@ -6,23 +6,27 @@ show what an uninterrupted one would have shown: `Tracker.start` replays the epo
 
 from __future__ import annotations
 
+import csv
 import hashlib
+import io
 import json
 import logging
 import os
 import shutil
 import struct
-import warnings
+import time
 import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from hydra.utils import instantiate
-from lightning.pytorch.loggers import CSVLogger, Logger
+from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
+
+from anomaly_lab.files import write_whole
 
 log = logging.getLogger(__name__)
 
@@ -83,21 +87,36 @@ def opened(cfg: DictConfig, out: Path, identity: Mapping[str, Any]) -> Iterator[
     tracker.close(0)
 
 
+def show_again(cfg: DictConfig, out: Path, result: Mapping[str, Any]) -> None:
+    """Show a finished run as if it had just been made: for whoever asked for it and looks at the tracker only."""
+    with opened(cfg, out, result["identity"]) as tracker, np.load(out / "scores.npz") as scores:
+        tracker.start(result["history"])
+        tracker.publish(result, out / "figures", dict(scores))
+
+
 class Csv(Tracker):
-    """``metrics.csv`` in the run's folder, written anew at the start and then after each epoch."""
+    """``metrics.csv`` in the run's folder, written whole after each epoch.
+
+    Lightning's CSVLogger appends in place: whoever reads beside it, or after a kill, may meet half a row.
+    """
 
     def __init__(self, out: Path, identity: Mapping[str, Any], resolved: Any) -> None:
         super().__init__()
-        self._csv = CSVLogger(out, name="", version="", flush_logs_every_n_steps=1)
+        self._path = out / "metrics.csv"
+        self._rows: list[dict[str, float]] = []
 
     def start(self, history: Sequence[Mapping[str, float]]) -> None:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*exists and is not empty.*")  # it always does: .lock
-            _ = self._csv.experiment  # removes the file of an earlier attempt
+        self._path.unlink(missing_ok=True)  # an earlier attempt's
         super().start(history)
 
     def row(self, epoch: int, values: Mapping[str, float]) -> None:
-        self._csv.log_metrics(dict(values), step=epoch)
+        self._rows.append({"step": epoch, **values})
+        text = io.StringIO()
+        columns = dict.fromkeys(name for row in self._rows for name in row)
+        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._rows)
+        write_whole(self._path, lambda file: file.write(text.getvalue().encode()))
 
 
 class TensorBoard(Tracker):
@@ -158,9 +177,16 @@ class Wandb(Tracker):
         tags: besides the names of model, data set and split.
         table_rows: the most images in the table of scores; a larger test set is sampled, always the same way.
         artifact: whether to upload last.ckpt as the artifact ``<id>-checkpoint``.
-        init_timeout: seconds after which an unreachable server is given up and the run recorded offline.
+        init_timeout: seconds after which a server that answers, but begins no run, is given up and the run recorded
+            offline. One that does not answer within `ANSWER` seconds is given up at once.
         finish_timeout: seconds the end of a run may wait for uploads; what is left stays in the folder.
+
+    A server that was given up is not asked again for `RETRY` seconds by this process, that is mostly: by this sweep.
     """
+
+    ANSWER: ClassVar[float] = 5.0
+    RETRY: ClassVar[float] = 600.0
+    _ask_again: ClassVar[float] = 0.0  # on time.monotonic()'s clock
 
     def __init__(
         self,
@@ -176,7 +202,7 @@ class Wandb(Tracker):
         table_rows: int = 2000,
         artifact: bool = False,
         init_timeout: float = 30,
-        finish_timeout: float = 300,
+        finish_timeout: float = 60,
     ) -> None:
         super().__init__()
         if mode not in ("auto", "online", "offline"):
@@ -270,6 +296,13 @@ class Wandb(Tracker):
             run, self._run = self._run, None
             try:
                 run.finish(exit_code=exit_code)
+            except TimeoutError:
+                Wandb._ask_again = time.monotonic() + self.RETRY
+                log.warning(
+                    "wandb: not all was uploaded within %.0f s; `wandb sync --include-online %s` sends the rest",
+                    self._finish_timeout,
+                    Path(run.dir).parent,
+                )
             finally:
                 # finish() returns before the recording is on disk; this waits for it. It also ends wandb's service,
                 # so that a broken one does not spoil the next run.
@@ -298,20 +331,41 @@ class Wandb(Tracker):
         import wandb
 
         before = set((self._out / "wandb").glob("*"))
-        if mode == "online":
+        if mode == "online" and time.monotonic() >= Wandb._ask_again:
             settings = wandb.Settings(
-                console="off", init_timeout=self._init_timeout, finish_timeout=self._finish_timeout
+                console="off",
+                init_timeout=self._init_timeout,
+                finish_timeout=self._finish_timeout,
+                finish_timeout_raises=True,
             )
             try:
+                self._ask(wandb.setup().settings.base_url)
                 return wandb.init(**self._init, mode="online", settings=settings)
             except Exception as error:
                 reason = str(error).splitlines()[0]
-                log.warning("wandb: no connection (%s); this run is recorded offline, for `wandb sync`", reason)
+                Wandb._ask_again = time.monotonic() + self.RETRY
+                log.warning(
+                    "wandb: no connection (%s); this run is recorded offline, for `wandb sync`, and so is what begins "
+                    "in the next %.0f minutes",
+                    reason,
+                    self.RETRY / 60,
+                )
             wandb.teardown()  # its service holds the id of the run that could not begin
             for folder in set((self._out / "wandb").glob(f"run-*-{self.id}")) - before:
                 shutil.rmtree(folder)
         settings = wandb.Settings(console="off", silent=True)
         return wandb.init(**self._init, mode="offline", settings=settings)
+
+    def _ask(self, url: str) -> None:
+        """Raise where nobody answers: wandb itself would try for much longer."""
+        import requests
+
+        try:
+            requests.head(url, timeout=self.ANSWER)
+        except requests.exceptions.SSLError:
+            return  # somebody is there; wandb has certificates of its own to try
+        except requests.exceptions.RequestException as error:
+            raise ConnectionError(f"{url}: {type(error).__name__}") from error
 
     @contextmanager
     def _mirroring(self) -> Iterator[None]:
@@ -332,6 +386,41 @@ class Wandb(Tracker):
                     del os.environ[name]
                 else:
                     os.environ[name] = value
+
+
+def workspace(entity: str, project: str) -> Any:
+    """A view of a wandb project for sweeps of ours, as a `wandb_workspaces` object whose ``save()`` lays it out there.
+
+    A line a run: training by epoch, test metrics side by side, the figures. What looks at test labels during training
+    (``oracle_auroc``) is in no panel, for a dashboard invites to choose by what it shows.
+
+    Raises:
+        ValueError: the package is not there.
+    """
+    try:
+        import wandb_workspaces.reports.v2 as panels
+        import wandb_workspaces.workspaces as layout
+    except ModuleNotFoundError as error:
+        raise ValueError("a dashboard needs an extra: pip install anomaly-lab[dashboard]") from error
+    curves = [
+        panels.LinePlot(title="val_score: mean score of held-out normals", x="epoch", y=["val_score"]),
+        panels.LinePlot(title="losses", x="epoch", metric_regex="loss_.*"),
+        panels.LinePlot(title="seconds an epoch", x="epoch", y=["seconds"]),
+    ]
+    measured = {"auroc": "AUROC", "average_precision": "average precision", "fpr95": "FPR at 95 % TPR"}
+    bars = [panels.BarPlot(title=title, metrics=[name], max_runs_to_show=100) for name, title in measured.items()]
+    pictures = [f"figures/{name}" for name in ("roc", "scores", "reconstructions", "training")]
+    return layout.Workspace(
+        entity=entity,
+        project=project,
+        name="anomaly_lab",
+        auto_generate_panels=False,
+        sections=[
+            layout.Section(name="Training", panels=curves, is_open=True),
+            layout.Section(name="Test images", panels=bars, is_open=True),
+            layout.Section(name="Figures", panels=[panels.MediaBrowser(media_keys=pictures)], is_open=True),
+        ],
+    )
 
 
 def read_offline(path: Path) -> dict[str, Any]:

@@ -149,11 +149,11 @@ ALLOWED = {
     "figures": {"files", "metrics"},
     "detector": {"metrics"},
     "data": {"datasets", "detector", "splits"},
-    "tracking": set(),
+    "tracking": {"files"},
     "results": {"files", "metrics"},
     "run": {"config", "data", "detector", "figures", "files", "metrics", "tracking"},
     "predict": {"config", "data", "datasets", "detector", "run"},
-    "cli": {"config"},
+    "cli": {"config", "files"},
     "__init__": set(),
 }
 TORCHLESS = {"files", "datasets", "splits", "metrics", "figures", "results", "config", "cli", "__init__"}

@@ -168,6 +168,16 @@ def test_damaged_result_is_named_and_skipped(runs: Runs, spoil, capsys: pytest.C
         assert "is damaged" in (runs.root / "report" / page).read_text()
 
 
+def test_failed_runs_are_named_in_the_report(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    runs.add(0.8, c=1)
+    failed = runs.other("failure.json", json.dumps({"error": "OutOfMemory: too large", "traceback": "..."}), c=2)
+    line = f"{failed.relative_to(runs.root)} failed: OutOfMemory: too large"
+    assert results.main([str(runs.root)]) == 0
+    assert line in capsys.readouterr().err
+    for page in ("report.md", "report.html"):
+        assert line in (runs.root / "report" / page).read_text()
+
+
 def test_csv_round_trips(runs: Runs, tmp_path: Path) -> None:
     for number, rate in enumerate((0, 0.05)):
         changed = {"split.contamination.rate": rate, "model.update": "gan like"} if rate else {}

@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import csv
+import itertools
 import json
 import logging
+import os
+import re
+import socket
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -14,9 +21,11 @@ from typing import Any
 import numpy as np
 import pytest
 import wandb
+import yaml
 from lightning import Callback
+from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from anomaly_lab import config
+from anomaly_lab import config, results, tracking
 from anomaly_lab.run import run
 from anomaly_lab.tracking import Wandb, read_offline
 
@@ -35,6 +44,7 @@ def clean_surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
     for place in places.values():
         place.mkdir()
     monkeypatch.setenv("HOME", str(places["HOME"]))
+    monkeypatch.setattr(Wandb, "_ask_again", 0.0)  # what an earlier test found
     monkeypatch.chdir(places["cwd"])
     yield
     wandb.teardown()  # the next test has other environment variables
@@ -316,7 +326,10 @@ def test_wandb_mode_that_does_not_exist_is_refused_before_training(tmp_path: Pat
 
 
 class Server(BaseHTTPRequestHandler):
-    """As much of a wandb server as a run needs: it knows two epochs of every run and keeps the history it is sent."""
+    """As much of a wandb server as a run needs: keeps what it is sent, and knows two epochs of every run already.
+
+    The latter is what ``known=0`` on the server turns off.
+    """
 
     def do_PUT(self) -> None:
         self.do_POST()
@@ -333,9 +346,15 @@ class Server(BaseHTTPRequestHandler):
     def resolve(self, query: str, variables: dict[str, Any] | None = None, **_: Any) -> dict[str, Any]:
         project = {"id": "p", "name": "anomaly-lab", "entity": {"id": "e", "name": "me"}}
         bucket = {"id": "b", "name": (variables or {}).get("name"), "displayName": "x", "config": "{}", "tags": []}
+        if "upsertView" in query:
+            self.server.views.append(variables)  # type: ignore[attr-defined]
+            return {"upsertView": {"view": {"id": "w", "name": "nw-w-v"}, "inserted": True}}
         if "upsertBucket" in query:
+            self.server.names.add((variables or {})["name"])  # type: ignore[attr-defined]
             return {"upsertBucket": {"bucket": {**bucket, "project": project}, "inserted": False}}
         if "ResumeStatus" in query:
+            if not getattr(self.server, "known", 2):
+                return {"model": {**project, "bucket": None}}
             tails = {"historyTail": json.dumps([json.dumps({"_step": 2})]), "eventsTail": "[]", "summaryMetrics": "{}"}
             lines = {"historyLineCount": 2, "eventsLineCount": 0, "logLineCount": 0, "wandbConfig": '{"t": 1}'}
             return {"model": {**project, "bucket": bucket | tails | lines}}
@@ -363,7 +382,7 @@ def test_wandb_run_resumed_online_sends_only_the_epochs_that_the_server_does_not
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
-        server.received = []  # type: ignore[attr-defined]
+        server.received, server.names = [], set()  # type: ignore[attr-defined]
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_address[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
@@ -379,18 +398,198 @@ def test_wandb_run_resumed_online_sends_only_the_epochs_that_the_server_does_not
     assert [(row["epoch"], row["_step"], row["loss"]) for row in map(json.loads, sent["content"])] == [(3, 3, 0.3)]
 
 
-@pytest.mark.slow
-def test_unreachable_wandb_server_costs_seconds_and_one_warning(
+def offline_from(out: Path, monkeypatch: pytest.MonkeyPatch, url: str) -> float:
+    """The seconds until a run whose server is at ``url`` goes on offline."""
+    monkeypatch.setenv("WANDB_BASE_URL", url)
+    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+    out.mkdir()
+    tracker = Wandb(out, IDENTITY, RESOLVED, init_timeout=1)
+    started = time.monotonic()
+    tracker.start([{"epoch": 1, "loss": 0.5}])
+    seconds = time.monotonic() - started
+    tracker.close(0)
+    seen = read_offline(out)
+    assert [row["loss"] for row in seen["history"]] == [0.5]
+    assert len(list((out / "wandb").glob("*run-*-*"))) == 1
+    return seconds
+
+
+def test_unreachable_wandb_server_costs_seconds_and_one_warning_a_sweep(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")  # the discard port: nobody listens
-    monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-    tracker = Wandb(tmp_path, IDENTITY, RESOLVED, init_timeout=1)
+    refused = "http://127.0.0.1:9"  # the discard port: nobody listens
     with caplog.at_level(logging.WARNING, logger="anomaly_lab"):
-        tracker.start([{"epoch": 1, "loss": 0.5}])
-    tracker.close(0)
+        first = offline_from(tmp_path / "first", monkeypatch, refused)
+        (warning,) = own_lines(caplog)
+        assert "recorded offline" in warning and "in the next 10 minutes" in warning
+        monkeypatch.setattr(Wandb, "_ask", lambda *_: pytest.fail("asked again"))
+        offline_from(tmp_path / "second", monkeypatch, refused)
+    assert first < 15  # wandb itself took fifty
+    assert len(own_lines(caplog)) == 1
+
+
+def test_wandb_server_that_accepts_and_never_answers_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(Wandb, "ANSWER", 1.0)
+    with socket.create_server(("127.0.0.1", 0)) as silent, caplog.at_level(logging.WARNING, logger="anomaly_lab"):
+        seconds = offline_from(tmp_path / "run", monkeypatch, f"http://127.0.0.1:{silent.getsockname()[1]}")
+    assert 1 <= seconds < 15
     (warning,) = own_lines(caplog)
     assert "recorded offline" in warning
-    seen = read_offline(tmp_path)
-    assert [row["loss"] for row in seen["history"]] == [0.5]
-    assert len(list((tmp_path / "wandb").glob("*run-*-*"))) == 1
+
+
+def test_wandb_server_that_goes_away_costs_the_finish_timeout_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        server.received, server.names, server.known = [], set(), 0  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}"
+        monkeypatch.setenv("WANDB_BASE_URL", url)
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        (tmp_path / "run").mkdir()
+        tracker = Wandb(tmp_path / "run", IDENTITY, RESOLVED, finish_timeout=2)
+        tracker.start([])
+        server.shutdown()
+    slowest = 0.0
+    for epoch in range(1, 21):
+        started = time.monotonic()
+        tracker.log_metrics({"loss": 1 / epoch}, step=epoch)
+        slowest = max(slowest, time.monotonic() - started)
+    started = time.monotonic()
+    with caplog.at_level(logging.WARNING, logger="anomaly_lab"):
+        tracker.close(0)
+        assert time.monotonic() - started < 10
+        assert slowest < 1
+        (line,) = own_lines(caplog)
+        assert "not all was uploaded within 2 s" in line and str(tmp_path / "run/wandb/run-") in line
+        monkeypatch.setattr(Wandb, "_ask", lambda *_: pytest.fail("asked again"))
+        offline_from(tmp_path / "next", monkeypatch, url)
+    assert len(read_offline(tmp_path / "run")["history"]) == 20, "what was not uploaded is kept"
+
+
+def test_wandb_offline_run_is_synced_later_as_the_same_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "run").mkdir()
+    tracker = Wandb(tmp_path / "run", IDENTITY, RESOLVED, mode="offline")
+    tracker.start([{"epoch": 1, "loss": 0.5}])
+    tracker.log_metrics({"loss": 0.25}, step=2)
+    tracker.close(0)  # without a table of scores: artifacts are more than the server below knows
+    (folder,) = (tmp_path / "run/wandb").glob("offline-run-*")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        server.received, server.known = [], 0  # type: ignore[attr-defined]
+        server.names = set()  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        environment = os.environ | {"WANDB_API_KEY": "0" * 40, "WANDB_CACHE_DIR": str(tmp_path / "cache")}
+        environment["WANDB_BASE_URL"] = f"http://127.0.0.1:{server.server_address[1]}"
+        command = [sys.executable, "-m", "wandb", "sync", str(folder)]
+        done = subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+        server.shutdown()
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = [json.loads(line) for sent in server.received for line in sent["content"]]  # type: ignore[attr-defined]
+    assert [(row["epoch"], row["loss"]) for row in rows] == [(1, 0.5), (2, 0.25)]
+    assert server.names == {tracker.id}  # type: ignore[attr-defined]
+
+
+SWEEP = Path(__file__).parent.parent / "docs/wandb_sweep.yaml"
+
+
+def points() -> Iterator[dict[str, Any]]:
+    """The corners of the search that wandb is asked for, as its server would send them to an agent."""
+    parameters = yaml.safe_load(SWEEP.read_text())["parameters"]
+    values = {name: p.get("values") or [p[key] for key in ("value", "min", "max") if key in p]
+              for name, p in parameters.items()}  # fmt: skip
+    for chosen in itertools.product(*values.values()):
+        yield {name: {"value": value} for name, value in zip(values, chosen, strict=True)}
+
+
+def agents_command(point: Mapping[str, Any]) -> list[str]:
+    """The command of a wandb agent, by wandb's own functions."""
+    sweep = yaml.safe_load(SWEEP.read_text())
+    args = create_sweep_command_args({"args": point})
+    filled = {"program": [sweep["program"]], **args}
+    words: list[str] = []
+    for word in create_sweep_command(sweep["command"]):
+        words += filled[word[2:-1]] if word.startswith("${") else [word]
+    return words
+
+
+def test_every_point_of_the_wandb_sweep_is_a_command_of_ours() -> None:
+    commands = [agents_command(point) for point in points()]
+    assert len(commands) == 6
+    folders = set()
+    for program, *words in commands:
+        assert program == "anomaly-lab"
+        cfg = config.compose(words)
+        assert cfg.logger._target_ == "anomaly_lab.tracking.Wandb"
+        folders.add(config.run_dir(cfg))
+    assert len(folders) == 6
+
+
+def test_the_wandb_sweep_minimises_what_a_run_logs_and_a_known_point_is_answered_too(
+    tiny: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    metric = yaml.safe_load(SWEEP.read_text())["metric"]
+    assert metric == {"name": "val_score", "goal": "minimize"}
+    _, *words = agents_command(next(points()))
+    cfg = tiny("swept", *words)
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
+    for trial in ("trial1", "trial2"):  # ids are the server's; the second agent was given the same point
+        monkeypatch.setenv("WANDB_RUN_ID", trial)
+        out, before = config.run_dir(cfg), config.finished(cfg)
+        if before is None:
+            result = run(cfg)
+        else:
+            tracking.show_again(cfg, out, before)
+        wandb.teardown()
+        (folder,) = (out / "wandb").glob(f"offline-run-*-{trial}")
+        seen = read_offline(folder)
+        assert result is not None and seen["summary"][metric["name"]] == result["metrics"]["val_score"]
+        assert [row["val_score"] for row in seen["history"] if "epoch" in row] == [
+            row["val_score"] for row in result["history"]
+        ]
+    assert before is not None
+
+
+def test_the_dashboard_shows_what_runs_log_and_nothing_that_looked_at_test_labels_while_training(
+    whole: Callable[[str], tuple[Path, dict[str, Any]]],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pytest.importorskip("wandb_workspaces", reason="needs the extra: pip install anomaly-lab[dashboard]")
+    monkeypatch.setenv("WANDB_CACHE_DIR", str(tmp_path / "cache"))  # wandb's Api has one, where runs of ours have none
+    views: list[dict[str, Any]] = []
+    with ThreadingHTTPServer(("127.0.0.1", 0), Server) as server:
+        server.views, server.names = views, set()  # type: ignore[attr-defined]
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_address[1]}")
+        monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
+        code = results.main(["--dashboard", "me/lab"])
+        server.shutdown()
+    assert code == 0, capsys.readouterr().err
+    (view,) = views
+    assert (view["entityName"], view["projectName"]) == ("me", "lab")
+    sections = json.loads(view["spec"])["section"]["panelBankConfig"]["sections"]
+    panels = [panel["config"] for section in sections for panel in section["panels"]]
+    named = {name for panel in panels for name in (*panel.get("metrics", ()), *panel.get("mediaKeys", ()))}
+    recorded = read_offline(whole("wandb")[0])
+    logged = {name for row in recorded["history"] for name in row} | recorded["summary"].keys()
+    assert named and named <= logged, named - logged
+    (pattern,) = {panel["metricRegex"] for panel in panels if "metricRegex" in panel}
+    assert any(re.fullmatch(pattern, name) for name in logged)
+    assert not any("oracle" in name for name in named)
+
+
+def test_a_dashboard_that_cannot_be_made_is_one_line(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert results.main(["--dashboard", "lab"]) == 2
+    assert "give ENTITY/PROJECT" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
+    monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
+    assert results.main(["--dashboard", "me/lab"]) == 2
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and "pip install anomaly-lab[dashboard]" in err

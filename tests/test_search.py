@@ -1,0 +1,118 @@
+"""Searches: a sweeper that chooses its own points by val_score, counted, continued and summed up like a grid."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+from omegaconf import DictConfig
+
+from anomaly_lab import cli
+
+TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 trainer.progress=false"
+SEARCH = "-m hydra/sweeper=optuna_normals hydra.sweeper.n_trials=4 'model.optimizer.lr=tag(log,interval(1e-4,1e-2))'"
+
+
+class Said(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[[str], Said]
+
+
+@pytest.fixture
+def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
+    """``anomaly-lab`` in this process, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ANOMALY_LAB_DATA", str(tmp_path / "data"))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it; put back afterwards
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def command(words: str) -> Said:
+        monkeypatch.setattr(sys, "argv", ["anomaly-lab", *shlex.split(words), *TINY.split()])
+        try:
+            cli.train()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+        return Said(code, *capfd.readouterr())
+
+    yield command
+    root.handlers[:], root.level = handlers, level  # Hydra's write to a screen that is gone
+
+
+def needs_optuna() -> None:
+    pytest.importorskip("hydra_plugins.hydra_optuna_sweeper", reason="needs the extra: pip install anomaly-lab[optuna]")
+
+
+def val_scores() -> dict[float, float]:
+    """Learning rate and val_score of every finished run."""
+    found = [json.loads(path.read_text()) for path in Path("runs").rglob("result.json")]
+    return {r["identity"]["changed"]["model.optimizer.lr"]: r["metrics"]["val_score"] for r in found}
+
+
+def test_a_search_minimises_val_score_and_given_again_proposes_the_same_points(lab: Command) -> None:
+    needs_optuna()
+    code, out, err = lab(SEARCH)
+    assert code == 0, err
+    found = val_scores()
+    assert len(found) == 4
+    best = yaml.safe_load(Path("runs/optimization_results.yaml").read_text())
+    assert best["best_value"] == min(found.values())
+    assert found[best["best_params"]["model.optimizer.lr"]] == best["best_value"]
+    *lines, summary, counts = out.splitlines()
+    assert sum("AUROC" in line for line in lines) == 4
+    assert summary.startswith(f"lowest val_score: {best['best_value']:.6g}  runs/shared_ae_small/digits/pooled/n0/s0-")
+    assert f"model.optimizer.lr={best['best_params']['model.optimizer.lr']}" in summary
+    assert counts == "4 runs: 4 done"
+    assert not list(Path("runs").glob(".sweep-*"))
+
+    code, out, _ = lab(SEARCH.replace("n_trials=4", "n_trials=5"))  # and goes on from there
+    assert code == 0 and out.count("(done before)") == 4 and out.endswith("5 runs: 5 done\n")
+    assert val_scores().items() >= found.items()
+
+
+def test_a_search_goes_on_after_a_failed_point_and_counts_it(lab: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    needs_optuna()
+    import anomaly_lab.run as module
+
+    real, count = module.run, iter(range(4))
+
+    def second_fails(cfg: DictConfig) -> Any:
+        if next(count) == 1:
+            raise RuntimeError("a fault")
+        return real(cfg)
+
+    monkeypatch.setattr(module, "run", second_fails)
+    code, out, err = lab(SEARCH)
+    assert code == cli.FAILED
+    assert "RuntimeError: a fault" in err and out.count("AUROC") == 3
+    assert "4 runs: 3 done, 1 missing" in out and "lowest val_score" in out
+
+
+def test_a_searchs_points_cannot_be_listed_beforehand_and_that_is_said(lab: Command) -> None:
+    needs_optuna()
+    code, out, err = lab(f"{SEARCH} --dry-run")
+    assert (code, out) == (cli.MISTAKE, "")
+    assert err.count("\n") == 1 and "chooses its points while it runs" in err
+
+
+def test_a_search_without_its_package_says_what_to_install(lab: Command) -> None:
+    try:
+        import hydra_plugins.hydra_optuna_sweeper  # noqa: F401
+    except ModuleNotFoundError:
+        code, out, err = lab(SEARCH)
+        assert (code, out) == (cli.MISTAKE, "")
+        assert err == "anomaly-lab: error: hydra/sweeper/optuna needs an extra: pip install anomaly-lab[optuna]\n"
+    else:
+        pytest.skip("the package is here")
