@@ -127,6 +127,7 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*weights_only. was not set.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # on a cluster's login node
 
 
 def _explained(error: Exception) -> str | None:
@@ -244,14 +245,18 @@ def _grid(overrides: Sequence[str]) -> list[_Run]:
 
 
 def _summary(overrides: Sequence[str]) -> int:
-    """How a sweep ended: why runs failed, and how many of each state there are."""
+    """How a sweep ended: why runs failed, and how many of each state there are; what is with Slurm has not failed."""
     runs = _grid(overrides)
     states = ["failed" if run.state == "impossible" else run.state for run in runs]
     for run, state in zip(runs, states, strict=True):
         if state != "done":
             print(f"{state:<12}{run.name}  {run.detail}")
     print(f"{_runs(runs)}: " + ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)))
-    if set(states) <= {"done"}:
+    left = [run for run, state in zip(runs, states, strict=True) if state != "done"]
+    if not left:
+        return DONE
+    if all(run.detail.startswith("Slurm job") for run in left):
+        print(f"the jobs go on by themselves: anomaly-lab-report {left[0].cfg.runs} --status")  # type: ignore[union-attr]
         return DONE
     print("the same command tries again what is not done")
     return FAILED
