@@ -84,6 +84,16 @@ class Cluster(NamedTuple):
         """A job that was put back waits about two minutes; not in a test."""
         self("scontrol", "update", f"JobId={number}", "StartTime=now")
 
+    def submit(self, partition: str, *command: str) -> str:
+        """A job beside those under test; its number."""
+        options = (f"--partition={partition}", "--cpus-per-task=2", f"--output={os.devnull}")
+        return self("sbatch", "--parsable", *options, f"--wrap={' '.join(command)}").strip()
+
+    def clear(self) -> None:
+        """End every job, and wait for it."""
+        self("scancel", "--user", getpass.getuser())
+        until(lambda: not self("squeue", "--noheader"), 60, self.logs)
+
     def logs(self) -> str:
         tails = [f"{log.name}:\n" + log.read_text()[-1500:] for log in self.folder.glob("slurm*.log")]
         return "\n".join(["", *tails])
