@@ -50,7 +50,7 @@ class ParallelLauncher(_Launcher):
         try:
             from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
         except ModuleNotFoundError as error:
-            raise ValueError("hydra/launcher=parallel needs joblib: pip install 'anomaly-lab[parallel]'") from error
+            raise ValueError("hydra/launcher=parallel needs an extra: pip install anomaly-lab[parallel]") from error
         for name, value in (("n_jobs", self._n_jobs), ("jobs_per_gpu", self._jobs_per_gpu)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"hydra.launcher.{name}={value}: give a whole number from 1")
@@ -181,7 +181,7 @@ class SlurmLauncher(_Launcher):
             import submitit
             from hydra_plugins.hydra_submitit_launcher.submitit_launcher import SlurmLauncher as Submitit
         except ModuleNotFoundError as error:
-            raise ValueError("hydra/launcher=slurm needs submitit: pip install 'anomaly-lab[slurm]'") from error
+            raise ValueError("hydra/launcher=slurm needs an extra: pip install anomaly-lab[slurm]") from error
         from anomaly_lab import config, results
 
         job = Submitit()
@@ -230,7 +230,9 @@ class _Job(NamedTuple):
         from anomaly_lab import config
 
         os.environ[config.SUBMITTED] = json.dumps(self.code)
-        self.submitted(overrides, "hydra.sweep.dir", number, f"{number}", singletons)
+        os.environ.pop("ANOMALY_LAB_JOURNAL", None)  # of the sweep that has submitted this, and is over
+        made: JobReturn = self.submitted(overrides, "hydra.sweep.dir", number, f"{number}", singletons)
+        _ = made.return_value  # raises what the task has raised
         if (out / "failure.json").exists():
             sys.exit(1)  # a failed run is a failed job, in Slurm's books too
 

@@ -20,6 +20,8 @@ from typing import NamedTuple
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 
+PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])  # where the daemons are, for anybody
+
 CONFIG = """
 ClusterName=throwaway
 SlurmctldHost={host}(127.0.0.1)
@@ -68,7 +70,7 @@ class Cluster(NamedTuple):
     def environment(self) -> dict[str, str]:
         """What a command needs to talk to this cluster; nothing of a cluster around the tests."""
         outer = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "SUBMITIT_"))}
-        return outer | {"SLURM_CONF": str(self.folder / "slurm.conf")}
+        return outer | {"SLURM_CONF": str(self.folder / "slurm.conf"), "PATH": PATH}
 
     def __call__(self, *command: str) -> str:
         done = subprocess.run(command, env=self.environment, capture_output=True, text=True)
@@ -159,5 +161,4 @@ def started(folder: Path, *, user_signal: bool = True) -> Iterator[Cluster]:
 
 def missing() -> list[str]:
     """The programs that are not installed here; none where a cluster can be started."""
-    path = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])
-    return [program for program in PROGRAMS if shutil.which(program, path=path) is None]
+    return [program for program in PROGRAMS if shutil.which(program, path=PATH) is None]
