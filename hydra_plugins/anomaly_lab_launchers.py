@@ -1,4 +1,4 @@
-"""Launchers of many runs: on the GPUs of one machine, and on a Slurm cluster.
+"""Launchers of many runs: on the GPUs of one machine, on Ray, and on a Slurm cluster.
 
 They lie in the namespace package ``hydra_plugins`` because Hydra takes launchers from nowhere else; it imports this
 file at every start, so nothing heavy stands at the top. Options and defaults are in ``conf/hydra/launcher/``.
@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
@@ -37,7 +37,7 @@ class _Launcher(Launcher):
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
 
 
-# One machine -------------------------------------------------------------------------------------------------------
+# One machine, and Ray -------------------------------------------------------------------------------------------------
 
 
 class ParallelLauncher(_Launcher):
@@ -74,12 +74,16 @@ def _gpus() -> list[str]:
     return [str(number) for number in range(torch.cuda.device_count())]
 
 
-_place: IO[str] | None = None
-"""In a worker: the open, locked file of the place it has taken; never closed, for CUDA binds a process to a device."""
+_BOUND = "ANOMALY_LAB_BOUND"
+"""Environment variable of a worker: its own process id, once it has a GPU. Not a global variable of this module, which
+Hydra executes again whenever it looks for plugins."""
 
 
 class _OnOneGpu(NamedTuple):
-    """A task for workers that deal out places among themselves. A worker that dies leaves its place to another one."""
+    """A task for workers that deal out places among themselves.
+
+    A worker keeps its place, a locked file, until it ends, for CUDA binds a process to a device; then another has it.
+    """
 
     task: TaskFunction
     gpus: Sequence[str]
@@ -87,20 +91,35 @@ class _OnOneGpu(NamedTuple):
     places: Path
 
     def __call__(self, cfg: DictConfig) -> Any:
-        global _place
         for number in itertools.cycle(range(self.workers)):
-            if _place is not None:
+            if os.environ.get(_BOUND) == str(os.getpid()):
                 break
-            file = open(self.places / str(number), "w")  # noqa: SIM115
+            place = os.open(self.places / str(number), os.O_WRONLY | os.O_CREAT)
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                file.close()
+                os.close(place)
                 time.sleep(0.01)
-            else:
-                _place = file
-                os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus[number % len(self.gpus)]
+            else:  # never closed
+                os.environ |= {"CUDA_VISIBLE_DEVICES": self.gpus[number % len(self.gpus)], _BOUND: str(os.getpid())}
         return self.task(cfg)
+
+
+class RayLauncher(_Launcher):
+    """Ray's tasks, which may book fractions of a GPU; Ray tells each which one it has."""
+
+    def __init__(self, ray: DictConfig) -> None:
+        self._ray = OmegaConf.create(OmegaConf.to_container(ray, resolve=True))  # the plugin adds a key of its own
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        try:
+            from hydra_plugins.hydra_ray_launcher.ray_launcher import RayLauncher as Plugin
+        except ModuleNotFoundError as error:
+            raise ValueError("hydra/launcher=ray_shared needs an extra: pip install anomaly-lab[ray]") from error
+        plugin = Plugin(ray=self._ray)
+        plugin.setup(hydra_context=self.hydra_context, task_function=self.task_function, config=self.config)
+        returned: Sequence[JobReturn] = plugin.launch(job_overrides, initial_job_idx)
+        return returned
 
 
 # Slurm -------------------------------------------------------------------------------------------------------------

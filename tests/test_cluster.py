@@ -19,9 +19,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import throwaway_slurm
+from omegaconf import OmegaConf
 from throwaway_slurm import Cluster, until
 
 from anomaly_lab import cli, config, results
+from hydra_plugins.anomaly_lab_launchers import ParallelLauncher, RayLauncher, SlurmLauncher, _Notice
 
 ROOT = Path(__file__).parent.parent
 SMALL = ["model.budget.epoch_steps=1", "model.detector.width=4", "trainer.progress=false"]
@@ -40,8 +42,9 @@ class Probe(Detector):
     def before_fit(self, images):
         here, wanted = Path(os.environ["PROBES"]), int(os.environ["PROBES_AT_ONCE"])
         seen = {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "threads": torch.get_num_threads()}
-        (here / f"{os.getpid()}.part").write_text(json.dumps(seen))
-        (here / f"{os.getpid()}.part").rename(here / f"{os.getpid()}.json")
+        mine = here / f"{os.getpid()}-{seen['gpu']}.part"
+        mine.write_text(json.dumps(seen))
+        mine.rename(mine.with_suffix(".json"))
         end = time.monotonic() + 120
         while len(list(here.glob("*.json"))) < wanted:
             assert time.monotonic() < end, "the others did not come"
@@ -412,8 +415,6 @@ def test_the_first_signal_is_answered_and_no_other(
     ends: bool,
     says: str,
 ) -> None:
-    from hydra_plugins.anomaly_lab_launchers import _Notice
-
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "7")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
@@ -439,8 +440,6 @@ def test_the_first_signal_is_answered_and_no_other(
 def test_a_time_limit_without_an_epoch_is_a_failure(
     tmp_path: Path, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from hydra_plugins.anomaly_lab_launchers import _Notice
-
     monkeypatch.setenv("SLURM_JOB_ID", "8")
     monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
     program("scontrol", f'[ "$1" = show ] && echo "{RUNNING}=None"')
@@ -493,16 +492,47 @@ def lab_here(tmp_path: Path, data: Path) -> Callable[..., Said]:
 
 
 @pytest.mark.slow
-def test_the_parallel_launcher_deals_out_the_gpus(tmp_path: Path, data: Path) -> None:
+@pytest.mark.parametrize(("visible", "jobs_per_gpu", "seen"), [("3,5", 1, ["3", "5"]), ("5", 2, ["5", "5"])])
+def test_the_parallel_launcher_deals_out_the_gpus(
+    tmp_path: Path, data: Path, visible: str, jobs_per_gpu: int, seen: list[str]
+) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs pip install 'anomaly-lab[parallel]'")
     own = {name: value for name, value in environment(data).items() if not name.endswith("_NUM_THREADS")}
-    lab = Lab(tmp_path, own | {"CUDA_VISIBLE_DEVICES": "3,5"}).with_probe(at_once=4)
-    grid = ["model=probe", "seed=0,1,2,3", "trainer.accelerator=cpu", "trainer.progress=false"]
-    said = lab("-m", "hydra/launcher=parallel", "hydra.launcher.jobs_per_gpu=2", *grid)
-    assert said.code == cli.DONE and said.out.endswith("4 runs: 4 done\n"), said
-    assert sorted(probe["gpu"] for probe in lab.probes()) == ["3", "3", "5", "5"]
-    cores = len(os.sched_getaffinity(0))
-    assert {probe["threads"] for probe in lab.probes()} == {max(1, cores // 4)}
+    lab = Lab(tmp_path, own | {"CUDA_VISIBLE_DEVICES": visible}).with_probe(at_once=2)
+    grid = ["model=probe", "seed=0,1,2,3,4", "trainer.accelerator=cpu", "trainer.progress=false"]
+    said = lab("-m", "hydra/launcher=parallel", f"hydra.launcher.jobs_per_gpu={jobs_per_gpu}", *grid)
+    assert said.code == cli.DONE and said.out.endswith("5 runs: 5 done\n"), said
+    # A file for each pair of process and GPU: two workers, and none of them has ever changed its GPU.
+    assert sorted(probe["gpu"] for probe in lab.probes()) == seen
+    assert {probe["threads"] for probe in lab.probes()} == {max(1, len(os.sched_getaffinity(0)) // 2)}
+
+
+@pytest.mark.slow
+def test_ray_books_fractions_of_a_gpu(tmp_path: Path, data: Path) -> None:
+    pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="needs pip install 'anomaly-lab[ray]'")
+    own = {name: value for name, value in environment(data).items() if not name.endswith("_NUM_THREADS")}
+    lab = Lab(tmp_path, own | {"RAY_worker_niceness": "0"}).with_probe(at_once=2)
+    pretend = ["+hydra.launcher.ray.init.num_gpus=1", "+hydra.launcher.ray.init.num_cpus=2"]
+    grid = ["model=probe", "seed=0,1", "trainer.accelerator=cpu", "trainer.progress=false"]
+    said = lab("-m", "hydra/launcher=ray_shared", *pretend, *grid)
+    assert said.code == cli.DONE and said.out.endswith("2 runs: 2 done\n"), said
+    assert lab.probes() == [{"gpu": "0", "threads": 1}] * 2, "two halves of one"
+
+
+@pytest.mark.parametrize(
+    ("module", "launch", "extra"),
+    [
+        ("hydra_joblib_launcher.joblib_launcher", lambda: ParallelLauncher(None, 1).launch([], 0), "parallel"),
+        ("hydra_ray_launcher.ray_launcher", lambda: RayLauncher(OmegaConf.create()).launch([], 0), "ray"),
+        ("hydra_submitit_launcher.submitit_launcher", lambda: SlurmLauncher(False, "jobs")._submit([]), "slurm"),
+    ],
+)
+def test_a_launcher_without_its_extra_says_what_to_install(
+    monkeypatch: pytest.MonkeyPatch, module: str, launch: Callable[[], object], extra: str
+) -> None:
+    monkeypatch.setitem(sys.modules, f"hydra_plugins.{module}", None)
+    with pytest.raises(ValueError, match=rf"needs an extra: pip install anomaly-lab\[{extra}\]"):
+        launch()
 
 
 @pytest.mark.parametrize("option", ["n_jobs=0", "jobs_per_gpu=half"])
