@@ -515,7 +515,7 @@ def test_ray_books_fractions_of_a_gpu(tmp_path: Path, data: Path) -> None:
     pretend = ["+hydra.launcher.ray.init.num_gpus=1", "+hydra.launcher.ray.init.num_cpus=2"]
     grid = ["model=probe", "seed=0,1", "trainer.accelerator=cpu", "trainer.progress=false"]
     said = lab("-m", "hydra/launcher=ray_shared", *pretend, *grid)
-    assert said.code == cli.DONE and said.out.endswith("2 runs: 2 done\n"), said
+    assert said.code == cli.DONE and "2 runs: 2 done\n" in said.out, said
     assert lab.probes() == [{"gpu": "0", "threads": 1}] * 2, "two halves of one"
 
 
