@@ -252,6 +252,7 @@ def _quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*weights_only. was not set.*")
     warnings.filterwarnings("ignore", message=".*LeafSpec.*")
+    warnings.filterwarnings("ignore", message=".*`srun` command is available.*")  # on a cluster's login node
 
 
 def _explained(error: Exception) -> str | None:
@@ -376,7 +377,10 @@ def _grid(jobs: Sequence[Sequence[str]]) -> list[_Run]:
 
 
 def _summary(jobs: Sequence[Sequence[str]], *, searched: bool) -> int:
-    """How a sweep ended: why runs failed, how many of each state there are, and what a search found."""
+    """How a sweep ended: why runs failed, how many of each state there are, and what a search found.
+
+    What is with Slurm has not failed.
+    """
     from anomaly_lab import config
 
     runs = _grid(jobs)
@@ -392,7 +396,11 @@ def _summary(jobs: Sequence[Sequence[str]], *, searched: bool) -> int:
         if state != "done":
             print(f"{state:<12}{run.name}  {run.detail}")
     print(f"{_runs(runs)}: " + ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states)))
-    if set(states) <= {"done"}:
+    left = [run for run, state in zip(runs, states, strict=True) if state != "done"]
+    if not left:
+        return DONE
+    if all(run.detail.startswith("Slurm job") for run in left):
+        print(f"the jobs go on by themselves: anomaly-lab-report {left[0].cfg.runs} --status")  # type: ignore[union-attr]
         return DONE
     print("the same command tries again what is not done")
     return FAILED
@@ -559,7 +567,6 @@ def features(argv: Sequence[str] | None = None) -> int:
 
 def _features(asked: argparse.Namespace) -> str:
     import hashlib
-    from collections.abc import Iterator
     from datetime import UTC, datetime
     from importlib.metadata import version
 

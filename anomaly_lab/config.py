@@ -10,6 +10,7 @@ import hashlib
 import itertools
 import json
 import os
+import subprocess
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -42,6 +43,39 @@ NOT_IDENTITY = ("dataset.data_dir", "dataset.path", "dataset.name")
 """Where the data lie (their checksum counts), and their name, which has its own place in the identity. Nor does a
 ``path`` count that has a ``sha256`` beside it, which says what the file is."""
 
+SUBMITTED = "ANOMALY_LAB_SUBMITTED"
+"""Environment variable of a queued job: the `code` it was submitted with, as JSON."""
+
+_CODE = ("anomaly_lab", "hydra_plugins", "conf")
+"""What a run reads of a checkout: uncommitted changes elsewhere (notes, pages) change no result."""
+
+
+@functools.cache
+def code() -> dict[str, Any]:
+    """Commit, dirtiness and the hash of uncommitted changes of the code that runs; nulls where it is no checkout.
+
+    ``diff`` covers the code and the configurations, new files among them; None without such changes. Kept from the
+    first call on, for a process goes on with the modules it has loaded.
+    """
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(_PACKAGE.parent), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, errors="replace").stdout
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel").strip()) != _PACKAGE.parent:
+            return {"sha": None, "dirty": None, "diff": None}  # installed inside somebody else's repository
+        changes = git("diff", "HEAD", "--binary", "--no-ext-diff", "--no-color", "--", *_CODE)
+        for name in git("ls-files", "-z", "--others", "--exclude-standard", "--", *_CODE).split("\0")[:-1]:
+            changes += f"{name}\n{(_PACKAGE.parent / name).read_text(errors='replace')}"
+        return {
+            "sha": git("rev-parse", "HEAD").strip(),
+            "dirty": bool(git("status", "--porcelain")),
+            "diff": hashlib.sha256(changes.encode()).hexdigest()[:12] if changes else None,
+        }
+    except (OSError, subprocess.CalledProcessError):
+        return {"sha": None, "dirty": None, "diff": None}
+
 
 def search_path() -> list[str]:
     """The override that makes Hydra see the folder in ``ANOMALY_LAB_CONF``; none where it is not set.
@@ -68,7 +102,7 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     Raises:
         hydra.errors.HydraException: an override that does not parse, or names no config or key.
     """
-    return _with_choices(_compose(overrides))
+    return without_hydra(_compose(overrides))
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
@@ -82,7 +116,8 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
         GlobalHydra.instance().hydra = state
 
 
-def _with_choices(composed: DictConfig) -> DictConfig:
+def without_hydra(composed: DictConfig) -> DictConfig:
+    """The configuration of one run out of all that Hydra composed."""
     choices = composed.hydra.runtime.choices
     cfg = composed.copy()
     with open_dict(cfg):

@@ -24,6 +24,7 @@ import json
 import math
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -1142,20 +1143,28 @@ def experiment_readme(frame: pd.DataFrame, notes: str, command: str) -> str:
 
 
 class Status(NamedTuple):
-    state: str  # done | running | failed | interrupted | damaged | missing
+    state: str  # one of STATES
     path: str
     detail: str = ""
 
 
-STATES = ("done", "running", "failed", "interrupted", "damaged", "missing")
+STATES = ("done", "running", "queued", "failed", "interrupted", "damaged", "missing")
+
+_JOB = "job.json"
+
+
+def record_job(folder: Path, job: Mapping[str, Any]) -> None:
+    """Keep in the run's folder that a job was submitted for it; under "job" its number."""
+    write_whole(folder / _JOB, lambda file: file.write(json.dumps(job, indent=1).encode()))
 
 
 def status(runs: str | Path, expected: Expected | None = None) -> list[Status]:
     """The state of every run under `runs`, or, given an experiment's grid, of every run of the grid.
 
-    A run is running while a process holds the lock on its `.lock`; failed with a `failure.json` and no
-    result; interrupted when its folder has neither of these (it resumes when it is started again); damaged
-    when its result cannot be read; missing when the grid asks for it and there is no folder.
+    A run is running while a process holds the lock on its `.lock`, or Slurm says so of its job; queued while
+    its job waits, for the first time or again; failed with a `failure.json` and no result; interrupted when its
+    folder has nothing of these (it resumes when it is started again); damaged when its result cannot be read;
+    missing when the grid asks for it and there is no folder.
     """
     runs = Path(runs)
     if expected is None:
@@ -1164,16 +1173,17 @@ def status(runs: str | Path, expected: Expected | None = None) -> list[Status]:
         folders = list(_run_folders(runs))
     else:
         folders = [_expected_folder(runs, path) for _, path in expected]
-    states = [_status(folder, runs) for folder in dict.fromkeys(folders)]
+    jobs = functools.cache(_slurm_jobs)  # asked once, and only where a run was submitted
+    states = [_status(folder, runs, jobs) for folder in dict.fromkeys(folders)]
     return sorted(states, key=lambda s: (STATES.index(s.state), _natural(s.path)))
 
 
 def state(folder: Path) -> str:
     """The state of the run in ``folder``, one of `STATES`."""
-    return _status(folder, folder.parent).state
+    return _status(folder, folder.parent, _slurm_jobs).state
 
 
-def _status(folder: Path, runs: Path) -> Status:
+def _status(folder: Path, runs: Path, jobs: Callable[[], Mapping[str, tuple[str, str]] | None]) -> Status:
     path = folder.relative_to(runs).as_posix()
     if not folder.is_dir():
         return Status("missing", path)
@@ -1183,8 +1193,11 @@ def _status(folder: Path, runs: Path) -> Status:
         except ValueError as error:
             return Status("damaged", path, str(error))
         return Status("done", path, f"AUROC {row['auroc']:.3f}")
+    state, job = _job(folder, jobs)
     if _locked(folder / ".lock"):
-        return Status("running", path)
+        return Status("running", path, job)
+    if state:
+        return Status(state, path, job)
     if (folder / "failure.json").exists():
         try:
             failure = json.loads((folder / "failure.json").read_text(encoding="utf-8"))
@@ -1194,6 +1207,34 @@ def _status(folder: Path, runs: Path) -> Status:
         return Status("failed", path, text.splitlines()[0] if text else "no message")
     resumes = (folder / "last.ckpt").exists()
     return Status("interrupted", path, "resumes from last.ckpt" if resumes else "starts again")
+
+
+def _job(folder: Path, jobs: Callable[[], Mapping[str, tuple[str, str]] | None]) -> tuple[str, str]:
+    """Whether the job submitted for a run is "running" or "queued", and Slurm's words; empty where it is gone."""
+    try:
+        job = str(json.loads((folder / _JOB).read_text(encoding="utf-8"))["job"])
+    except FileNotFoundError:
+        return "", ""
+    known = jobs()
+    if known is None:  # elsewhere, or Slurm's controller is down: what was submitted counts as still there
+        return "queued", f"Slurm job {job}, as far as is known without squeue"
+    if job not in known:
+        return "", ""
+    state, place = known[job]
+    running = state in ("RUNNING", "COMPLETING", "STOPPED", "SUSPENDED", "SIGNALING", "STAGE_OUT")
+    where = place if place.startswith("(") else f"on {place}"  # "(Priority)" while it waits
+    return "running" if running else "queued", f"Slurm job {job}, {state.lower()} {where}"
+
+
+def _slurm_jobs() -> dict[str, tuple[str, str]] | None:
+    """This user's jobs in Slurm's queue: number to state and node or reason. None where nobody answers."""
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%R"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = [line.split("|", 2) for line in answer.splitlines()]
+    return {number: (state, place) for number, state, place in lines}
 
 
 def _locked(path: Path) -> bool:
@@ -1223,7 +1264,7 @@ def _run_folders(runs: Path) -> Iterator[Path]:
 
     by what lies in them, or by their place, `n8/s0` (`a8/s0`), while still empty.
     """
-    marks = {"result.json", "failure.json", "last.ckpt", ".lock"}
+    marks = {"result.json", "failure.json", "last.ckpt", ".lock", _JOB}
     for folder, inner, files in os.walk(runs):
         inner.sort()
         path = Path(folder)
@@ -1274,7 +1315,7 @@ def main(argv: Sequence[str] | None = None, expected_runs: Callable[[str], Expec
         help="also show oracle_auroc, which looks at the test labels (an experiment's README always does)",
     )
     parser.add_argument(
-        "--status", action="store_true", help="list done, running, failed, interrupted and missing runs"
+        "--status", action="store_true", help="list running, queued, failed, interrupted and missing runs"
     )
     parser.add_argument(
         "--prune",

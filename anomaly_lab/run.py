@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fcntl
-import functools
 import gc
 import hashlib
 import io
@@ -13,7 +12,6 @@ import math
 import os
 import platform
 import resource
-import subprocess
 import sys
 import time
 import traceback
@@ -292,20 +290,17 @@ def _threads(cfg: DictConfig) -> None:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
 
 
-@functools.cache
-def _git() -> dict[str, Any]:
-    """Commit and dirtiness of the code that runs; nulls where it is not a checkout."""
-    folder = Path(__file__).parent
-
-    def git(*words: str) -> str:
-        return subprocess.run(["git", "-C", folder, *words], capture_output=True, text=True, check=True).stdout.strip()
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel")) != folder.parent.resolve():
-            return {"sha": None, "dirty": None}  # installed inside somebody else's repository
-        return {"sha": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain"))}
-    except (OSError, subprocess.CalledProcessError):
-        return {"sha": None, "dirty": None}
+def _code() -> dict[str, Any]:
+    """`config.code`; with ``submitted``, and a warning, where a job runs other code than it was submitted with."""
+    now = config.code()
+    submitted = json.loads(os.environ.get(config.SUBMITTED, "null"))
+    if submitted is None or all(submitted[key] == now[key] for key in ("sha", "diff")):
+        return now
+    then_name, now_name = (
+        f"{code['sha']}" + (f" with changes {code['diff']}" if code["diff"] else "") for code in (submitted, now)
+    )
+    log.warning("the code has changed since this job was submitted: then %s, now %s", then_name, now_name)
+    return now | {"submitted": submitted}
 
 
 def _versions() -> dict[str, str]:
@@ -431,6 +426,7 @@ def _make(
     tracker: tracking.Tracker,
     callbacks: Sequence[Callback],
 ) -> dict[str, Any]:
+    code = _code()  # now: what lies in the checkout when the run ends may be other code
     _threads(cfg)
     if not 0 < cfg.trainer.threshold_quantile < 1:
         raise ValueError(f"trainer.threshold_quantile={cfg.trainer.threshold_quantile}: give a number between 0 and 1")
@@ -510,7 +506,7 @@ def _make(
         "config": resolved,
         "settings": config.settings(cfg),
         "experiment": cfg.choices.experiment,
-        "git": _git(),
+        "git": code,
         "versions": _versions(),
         "device": name,
         "finished": _now(),
