@@ -402,13 +402,15 @@ def workspace(entity: str, project: str) -> Any:
         import wandb_workspaces.workspaces as layout
     except ModuleNotFoundError as error:
         raise ValueError("a dashboard needs an extra: pip install anomaly-lab[dashboard]") from error
-    curves = [
+    curves: list[Any] = [
         panels.LinePlot(title="val_score: mean score of held-out normals", x="epoch", y=["val_score"]),
         panels.LinePlot(title="losses", x="epoch", metric_regex="loss_.*"),
         panels.LinePlot(title="seconds an epoch", x="epoch", y=["seconds"]),
     ]
     measured = {"auroc": "AUROC", "average_precision": "average precision", "fpr95": "FPR at 95 % TPR"}
-    bars = [panels.BarPlot(title=title, metrics=[name], max_runs_to_show=100) for name, title in measured.items()]
+    bars: list[Any] = [
+        panels.BarPlot(title=title, metrics=[name], max_runs_to_show=100) for name, title in measured.items()
+    ]
     pictures = [f"figures/{name}" for name in ("roc", "scores", "reconstructions", "training")]
     return layout.Workspace(
         entity=entity,
