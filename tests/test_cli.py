@@ -63,9 +63,9 @@ def lab(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("model=typo", "there is no model=typo: choose among autoencoder, "),
+        ("model=typo", "there is no model=typo: choose among aae, "),
         ("-m seed=0,1 model=ede,typo", "there is no model=typo: choose among"),
-        ("experiment=typo", "there is no experiment=typo: choose among jia2022_cifar10,"),
+        ("experiment=typo", "there is no experiment=typo: choose among akcay2018,"),
         ("hydra/launcher=typo", "there is no hydra/launcher=typo: choose among basic"),
         ("typo=1", "typo cannot be set"),
         ("model.detector.widht=1", "model.detector.widht cannot be set"),

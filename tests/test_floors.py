@@ -12,13 +12,22 @@ import pytest
 from anomaly_lab import config
 from anomaly_lab.run import run
 
+AUTOENCODERS = [
+    *("model.budget.epochs=5", "model.budget.epoch_steps=20"),
+    *("model.detector.width=8", "model.optimizer.lr=2e-3"),
+]
+
 SHORT = {
-    # The player whose loss is the reconstruction, or mostly that; and what makes the run a matter of seconds.
-    "shared_ae_small": ("ede2", ["model.budget.epochs=3", "model.detector.width=8"]),
-    "ganomaly_small": ("generator", ["model.budget.epochs=4", "model.budget.epoch_steps=30"]),
-    "autoencoder_beggel_small": ("autoencoder", ["model.budget.epochs=40", "model.batch_size=32"]),
-    "aae_small": ("autoencoder", ["model.budget.epochs=40", "model.batch_size=32"]),
+    # The AUROC, the player whose loss is the reconstruction, or mostly that, and what makes it a matter of seconds.
+    "autoencoder_small": (0.95, "ede", AUTOENCODERS),
+    "ede_small": (0.95, "ede", AUTOENCODERS),
+    "shared_ae_no_adversary_small": (0.95, "both", AUTOENCODERS),
+    "shared_ae_small": (0.95, "ede2", AUTOENCODERS),
+    "ganomaly_small": (0.9, "generator", ["model.budget.epochs=4", "model.budget.epoch_steps=30"]),
+    "autoencoder_beggel_small": (0.9, "autoencoder", ["model.budget.epochs=40", "model.batch_size=32"]),
+    "aae_small": (0.9, "autoencoder", ["model.budget.epochs=40", "model.batch_size=32"]),
     "itsr_small": (
+        0.9,
         "autoencoder",
         ["model.budget.stages={pretrain:20,detect:20,retrain:10}", "model.batch_size=32"],
     ),
@@ -28,10 +37,10 @@ SHORT = {
 @pytest.mark.slow
 @pytest.mark.parametrize("model", SHORT)
 def test_a_method_learns(model: str, tmp_path: Path) -> None:
-    player, overrides = SHORT[model]
+    floor, player, overrides = SHORT[model]
     where = [f"runs={tmp_path}", f"data_dir={tmp_path}", "trainer.progress=false", "logger=none"]
     result = run(config.compose([f"model={model}", "normal_class=0", *overrides, *where]))
     assert result is not None
-    assert result["metrics"]["auroc"] > 0.9
+    assert result["metrics"]["auroc"] >= floor
     first, last = (result["history"][epoch][f"loss_{player}"] for epoch in (0, -1))
     assert last < first, "what it minimises does not fall"

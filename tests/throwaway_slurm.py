@@ -57,7 +57,7 @@ KillWait=5
 MinJobAge=300
 GresTypes=gpu
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=2000 Gres=gpu:2 State=UNKNOWN
-PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=5
+PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
 PartitionName=high Nodes={host} Default=NO MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
 
