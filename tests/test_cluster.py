@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -249,7 +250,7 @@ def preempt(lab: Lab, cluster: Cluster, job: str, told_by: str) -> None:
     assert cluster.job(job)["Restarts"] == "1"
     assert lab.status()["n0"] == ("queued", f"Slurm job {job}, pending (BeginTime)")
     assert not list(lab.folder.rglob("failure.json"))
-    cluster.start(job)
+    cluster.start_now(job)
 
 
 @on_slurm
@@ -265,12 +266,17 @@ def test_a_run_that_is_preempted_and_then_loses_its_node_ends_at_the_same_bits(
     cluster("scontrol", "update", f"NodeName={cluster.host}", "State=down", "Reason=test")
     until(lambda: cluster.job(job)["JobState"] == "PENDING", 60, cluster.logs)
     assert lab.status()["n0"][0] == "queued"
-    until(
-        lambda: cluster.left(job), 60, cluster.logs
-    )  # a job that comes back before it has gone makes Slurm drain a node
-    cluster.start(job)  # the node comes back by itself: its slurmd still answers
-    until(empty(cluster), 90, cluster.logs)
-    assert cluster.job(job)["Restarts"] == "2" and lab.log(job, "out").count("resuming") == 2
+    # A job that comes back before its node has forgotten it makes Slurm drain the node.
+    until(lambda: cluster.left(job), 60, cluster.logs)
+    time.sleep(5)
+    cluster.start_now(job)  # the node comes back by itself: its slurmd still answers
+
+    def ended() -> bool:
+        cluster.back_in_service()
+        return empty(cluster)()
+
+    until(ended, 120, cluster.logs)
+    assert int(cluster.job(job)["Restarts"]) >= 2 and lab.log(job, "out").count("resuming") == 2
     same_run(lab.folder, undisturbed)
 
 
@@ -294,7 +300,7 @@ def test_at_its_time_limit_a_run_is_put_back_and_a_cancelled_one_is_not(lab: Lab
     assert f"SIGUSR2 for Slurm job {job}, at its time limit: put back into the queue" in lab.log(job)
     until(lambda: cluster.job(job)["JobState"] == "PENDING", 30, cluster.logs)
     assert lab.status()["n0"][0] == "queued"
-    cluster.start(job)
+    cluster.start_now(job)
     until(lambda: "resuming" in lab.log(job, "out"), 60, cluster.logs)
     assert lab.status()["n0"] == ("running", f"Slurm job {job}, running on {cluster.host}")
     cluster("scancel", job)

@@ -19,8 +19,8 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
-from lightning import Callback
 from PIL import Image
+from test_run import Stop
 from torch import Tensor, nn
 from torchvision import models
 from torchvision.transforms.v2.functional import normalize
@@ -637,16 +637,6 @@ def test_where_a_file_lies_is_no_part_of_a_run_but_its_checksum_is(tmp_path: Pat
     assert config.run_dir(config.compose([*base, f"data_dir={tmp_path / 'elsewhere'}"])) == plain
     for key in ("features.sha256=00000000ab", "features.statistics.sha256=00000000ab", "features.weights=random"):
         assert config.changed(config.compose([*base, f"model.detector.{key}"])), key
-
-
-class Stop(Callback):
-    def __init__(self, after_steps: int) -> None:
-        self.left = after_steps
-
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise RuntimeError("stopped")
 
 
 RUN = [

@@ -82,9 +82,9 @@ class Cluster(NamedTuple):
         words = self("scontrol", "show", "job", "-o", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def start(self, number: str, after: int = 0) -> None:
-        """A job that was put back waits about two minutes; in a test so many seconds."""
-        self("scontrol", "update", f"JobId={number}", f"StartTime=now+{after}")
+    def start_now(self, number: str) -> None:
+        """A job that was put back waits about two minutes; not in a test."""
+        self("scontrol", "update", f"JobId={number}", "StartTime=now")
 
     def submit(self, partition: str, *command: str) -> str:
         """A job beside those under test; its number."""
@@ -95,9 +95,14 @@ class Cluster(NamedTuple):
         """End every job, wait for it, and take the node back into service whatever has become of it."""
         self("scancel", "--user", getpass.getuser())
         until(lambda: not self("squeue", "--noheader"), 60, self.logs)
-        if "idle" not in self("sinfo", "--noheader", "--format=%t"):
+        self.back_in_service()
+        until(lambda: "idle" in self("sinfo", "--noheader", "--format=%t"), 60, self.logs)
+
+    def back_in_service(self) -> None:
+        """What an administrator does with a node that Slurm has drained: a job that came back too soon is enough."""
+        state = self("sinfo", "--noheader", "--format=%T").lower()
+        if "drain" in state or "down" in state:
             self("scontrol", "update", f"NodeName={self.host}", "State=resume")
-            until(lambda: "idle" in self("sinfo", "--noheader", "--format=%t"), 60, self.logs)
 
     def left(self, number: str) -> bool:
         """Whether the node is rid of every process of a job, so that it may start there again."""
