@@ -20,6 +20,8 @@ from anomaly_lab.datasets import Images
 from anomaly_lab.detector import Batch, Detector
 from anomaly_lab.splits import Partition, Split
 
+STRETCH_SECONDS = 0.2
+
 
 @dataclass(frozen=True)
 class Prepare:
@@ -113,17 +115,44 @@ class Loader:
     def __len__(self) -> int:
         return len(self._lengths(len(self._order)))
 
+    @property
+    def positions(self) -> list[Tensor]:
+        """Of each batch, the places (B,) of its images, on the device of the pixels."""
+        lengths = self._lengths(len(self._order))
+        return list(self._order[: sum(lengths)].split(lengths)) if lengths else []
+
+    def batch(self, positions: Tensor) -> Batch:
+        """The images at ``positions`` (B,), prepared, on the device."""
+        return Batch(
+            self._prepare(self.pixels[positions].to(self._device)),
+            self.truth[positions].to(self._device),
+            self.index[positions].to(self._device),
+        )
+
     def __iter__(self) -> Iterator[Batch]:
-        start = 0
-        for length in self._lengths(len(self._order)):
-            chosen = self._order[start : start + length]
-            start += length
-            pixels = self.pixels[chosen].to(self._device)
-            yield Batch(
-                self._prepare(pixels),
-                self.truth[chosen].to(self._device),
-                self.index[chosen].to(self._device),
-            )
+        return map(self.batch, self.positions)
+
+
+class Stretch:
+    """Some consecutive steps of an epoch, for `Detector.training_step`."""
+
+    def __init__(self, loader: Loader, positions: Sequence[Tensor]) -> None:
+        self.batch, self.positions = loader.batch, positions
+
+
+class Stretches:
+    """An epoch in stretches of ``steps`` steps, the last one shorter."""
+
+    def __init__(self, loader: Loader, steps: int) -> None:
+        self._loader, self._steps = loader, steps
+
+    def __len__(self) -> int:
+        return -(-len(self._loader) // self._steps)
+
+    def __iter__(self) -> Iterator[Stretch]:
+        positions = self._loader.positions
+        for start in range(0, len(positions), self._steps):
+            yield Stretch(self._loader, positions[start : start + self._steps])
 
 
 class OneClassData(LightningDataModule):
@@ -226,17 +255,33 @@ class OneClassData(LightningDataModule):
         order = torch.cat([positions[torch.randperm(len(positions), generator=generator)] for _ in range(passes)])
         return order if passes == 1 else order[: self._epoch_steps * self.batch_size]
 
-    def train_dataloader(self) -> Loader:
-        """The coming epoch: a trainer has to ask anew for every one (``reload_dataloaders_every_n_epochs=1``)."""
-        part = self.part("train", self._device())
-        return Loader(*part, self.prepare, self.batch_size, self._device(), order=self._order(), drop_last=True)
+    def train_dataloader(self) -> Stretches:
+        """The coming epoch: a trainer has to ask anew for every one (``reload_dataloaders_every_n_epochs=1``).
 
-    def further_batches(self) -> Iterator[Batch]:
-        """Batches for `Detector.next_batch`, without end: orders of the epoch's own, apart from the training order."""
+        In stretches of about `STRETCH_SECONDS`: Lightning's work between two of them then costs little, and a signal
+        or a progress bar need not wait long. Nothing depends on where a stretch ends.
+        """
+        seconds = None
+        if self.trainer is not None:
+            assert isinstance(self.trainer.lightning_module, Detector)
+            seconds = self.trainer.lightning_module.seconds_per_step
+        return Stretches(self.training(), max(int(STRETCH_SECONDS / seconds), 1) if seconds else 1)
+
+    @property
+    def steps(self) -> int:
+        """Training steps of the coming epoch."""
+        return len(self.training())
+
+    def training(self, stream: int = 0) -> Loader:
+        """The coming epoch's batches, in the training order or, from 1, another of the epoch's own orders."""
         part = self.part("train", self._device())
+        order = self._order(stream)
+        return Loader(*part, self.prepare, self.batch_size, self._device(), order=order, drop_last=True)
+
+    def further_positions(self) -> Iterator[Tensor]:
+        """Positions for `Detector.next_batch`, without end: orders of the epoch's own besides the training order."""
         for stream in itertools.count(1):
-            order = self._order(stream)
-            yield from Loader(*part, self.prepare, self.batch_size, self._device(), order=order, drop_last=True)
+            yield from self.training(stream).positions
 
     def val_dataloader(self) -> list[Loader]:
         """The held-out normals; behind them, with ``watch_test``, the test images."""

@@ -9,7 +9,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from lightning import LightningModule
@@ -21,6 +21,7 @@ from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
 from anomaly_lab import metrics
+from anomaly_lab.capture import Capture, place_step_counts
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -39,6 +40,17 @@ class Batch(NamedTuple):
     x: Tensor  # float32 (B,C,H,W)
     y: Tensor  # uint8 (B,): 0 normal, 1 anomalous
     index: Tensor  # type: ignore[assignment]  # int64 (B,); hides tuple.index, which nobody needs of a batch
+
+
+class Stretch(Protocol):
+    """Some steps of an epoch, one after another: what Lightning calls a batch, so that its own work is done once."""
+
+    positions: Sequence[Tensor]
+    """Of each step, the places (B,) of its images among the training images, where those lie."""
+
+    def batch(self, positions: Tensor) -> Batch:
+        """The prepared images at ``positions`` (B,), on the device."""
+        ...
 
 
 class Diverged(ValueError):
@@ -111,10 +123,15 @@ class Detector(LightningModule, ABC):
         """Training steps done, for what happens every so many steps; a plain number, so asking does not wait."""
         self.stages: Mapping[str, int] = {}
         """Epochs of each of the `STAGES`, as ``model.budget.stages`` gives them."""
+        self.capture: Capture | None = None
+        """Replays steps instead of computing them anew; None computes each (`anomaly_lab.capture`)."""
+        self.seconds_per_step: float | None = None
+        """Of the last epoch, as far as this process knows one."""
         self._fit_finished = False
         self._first_losses: dict[str, float] = {}
-        self._further: Iterator[Batch] | None = None
-        self._means: dict[str, tuple[Tensor, int]] = {}
+        self._stretch: Stretch | None = None
+        self._further: Iterator[Tensor] = iter(())  # of the present step
+        self._means: dict[str, tuple[Tensor, Tensor]] = {}  # sum and number, which stay where they are in memory
         self._first: dict[str, Tensor] = {}
         self._fitted: set[str] = set()
         self._evaluations: dict[str, list[tuple[Tensor, Tensor]]] = {}
@@ -161,6 +178,16 @@ class Detector(LightningModule, ABC):
         In eval mode and without gradients. The place for what happens between epochs, such as looking for training
         images to leave out (`training_set`, `set_fitted`, `train_indices`).
         """
+
+    def steady(self) -> bool:
+        """Whether the coming step does what the last one did, on other numbers, so that it may be replayed.
+
+        To be denied where `plays` does something every so many steps, or looks at a value.
+        """
+        return True
+
+    def after_step(self) -> None:
+        """Called after every step, and never replayed: the place to look at values, which waits for the device."""
 
     def set_aside(self) -> Mapping[str, Tensor]:
         """Training images the method takes for anomalies: positions (n,) by the name of a round or a set.
@@ -241,14 +268,30 @@ class Detector(LightningModule, ABC):
             return optimizers or None
         return optimizers, [self._scheduler(optimizer) for optimizer in optimizers]
 
-    def training_step(self, batch: Batch, batch_idx: int) -> None:
+    def training_step(self, stretch: Stretch, batch_idx: int) -> None:
+        self._stretch = stretch
+        for positions in stretch.positions:
+            if self.capture is not None and self.steady():
+                self.capture(self, positions, self._further_of_epoch)
+            else:
+                self.play(positions, self._further_of_epoch)
+            self.after_step()
+            self.step += 1
+
+    def play(self, positions: Tensor, further: Iterator[Tensor]) -> None:
+        """One step on the training images at ``positions`` (B,), `next_batch` on ``further`` ones: what is replayed."""
+        self._further = further
+        batch = self._batch(positions)
         for losses in self.plays(batch):
             self.minimise(losses)
             for player, loss in losses.items():
                 self.record(f"loss_{player}", loss)
         self.steps_done += 1
-        self.step += 1
         self.images_seen += len(batch.x)
+
+    def _batch(self, positions: Tensor) -> Batch:
+        assert self._stretch is not None
+        return self._stretch.batch(positions)
 
     def minimise(self, losses: Mapping[str, Tensor]) -> None:
         """Move each player down the gradient of its own loss, with respect to its own parameters only.
@@ -275,19 +318,23 @@ class Detector(LightningModule, ABC):
             optimizers[player].step()
             for parameter, _ in pairs:
                 parameter.grad = None
+        # Autocast keeps its half-precision copies of weights until it ends, which is after the last play: the next one
+        # would see the weights of before this move.
+        torch.clear_autocast_cache()
 
     def record(self, name: str, value: Tensor) -> None:
         """Add ``value`` (a scalar) to the epoch's mean of ``name``; read once an epoch, so the device never waits."""
         if name not in self._first_losses:
             self._first.setdefault(name, value.detach())
-        total, count = self._means.get(name, (torch.zeros((), device=value.device), 0))
-        self._means[name] = (total + value.detach().float(), count + 1)
+        if name not in self._means:
+            self._means[name] = (torch.zeros((), device=value.device), torch.zeros((), device=value.device))
+        total, count = self._means[name]
+        total += value.detach().float()
+        count += 1
 
     def next_batch(self) -> Batch:
         """A further training batch within the same step, for critics that move more often than the generator."""
-        if self._further is None:
-            self._further = self.trainer.datamodule.further_batches()  # type: ignore[attr-defined]
-        return next(self._further)
+        return self._batch(next(self._further))
 
     def training_set(self) -> Batch:
         """All prepared training images in their order, on the device; ``y`` is for reports here as well."""
@@ -305,7 +352,7 @@ class Detector(LightningModule, ABC):
 
     def epoch_means(self) -> dict[str, float]:
         """The means recorded so far in this epoch. Waits for the device."""
-        return {name: (total / count).item() for name, (total, count) in self._means.items()}
+        return {name: (total / count).item() for name, (total, count) in self._means.items() if count}
 
     def set_fitted(self, name: str, value: Tensor) -> None:
         """Keep ``value`` as the buffer ``name``, whose size was not known before fitting; checkpoints restore it."""
@@ -366,12 +413,16 @@ class Detector(LightningModule, ABC):
         self._first.clear()
         self.step = int(self.steps_done)
         self._continue_noise()
+        capturable = self.capture is not None and self.device.type == "cuda"
+        place_step_counts(self.trainer.optimizers, capturable=capturable)
 
     def on_train_epoch_end(self) -> None:
         row: dict[str, float] = {"epoch": int(self.epochs_done) + 1}
         row |= self.epoch_means()
         row["seconds"] = self._seconds
-        self._means.clear()
+        for total, count in self._means.values():
+            total.zero_()
+            count.zero_()
         if "val" in self._evaluations:
             row["val_score"] = self.scores_of("val")[0].double().mean().item()
         if "test" in self._evaluations:
@@ -407,13 +458,15 @@ class Detector(LightningModule, ABC):
                 )
 
     def on_train_epoch_start(self) -> None:
-        self._evaluations, self._decisions, self._further = {}, {}, None
-        self._started = time.perf_counter()
+        self._evaluations, self._decisions = {}, {}
+        self._further_of_epoch = self.trainer.datamodule.further_positions()  # type: ignore[attr-defined]
+        self._started, self._steps_before = time.perf_counter(), self.step
 
     def on_validation_epoch_start(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         self._seconds = time.perf_counter() - self._started  # of training alone: validation starts here
+        self.seconds_per_step = self._seconds / max(self.step - self._steps_before, 1)
         self._evaluations, self._decisions = {}, {}
         self.test_metrics.reset()
 

@@ -36,6 +36,7 @@ from torch import nn
 from tqdm import tqdm
 
 from anomaly_lab import config, figures, metrics, tracking
+from anomaly_lab.capture import Capture
 from anomaly_lab.data import OneClassData, Prepare
 from anomaly_lab.detector import Detector, Diverged
 from anomaly_lab.files import remove_parts, write_whole
@@ -98,10 +99,10 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class _LastCheckpoint(Checkpoint):
-    """``last.ckpt`` after every epoch. A Checkpoint, because Lightning calls those after everybody else."""
+    """``last.ckpt`` every so many epochs. A Checkpoint, because Lightning calls those after everybody else."""
 
-    def __init__(self, path: Path, settings: Mapping[str, Any], watched: bool) -> None:
-        self._path, self._settings, self._watched = path, settings, watched
+    def __init__(self, path: Path, every: int, settings: Mapping[str, Any], watched: bool) -> None:
+        self._path, self._every, self._settings, self._watched = path, every, settings, watched
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, Detector)
@@ -110,7 +111,9 @@ class _LastCheckpoint(Checkpoint):
         checkpoint["settings"], checkpoint["watched"] = dict(self._settings), self._watched or watched
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        trainer.save_checkpoint(self._path, weights_only=False)  # "weights only" would drop the optimisers
+        assert isinstance(pl_module, Detector)
+        if len(pl_module.history) % self._every == 0:
+            trainer.save_checkpoint(self._path, weights_only=False)  # "weights only" would drop the optimisers
 
 
 class _SeededEpochs(Callback):
@@ -130,14 +133,15 @@ class _Progress(Callback):
         self._title = title
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        steps = int(trainer.num_training_batches)
-        assert trainer.max_epochs is not None
+        assert trainer.max_epochs is not None and isinstance(pl_module, Detector)
+        steps = trainer.datamodule.steps  # type: ignore[attr-defined]
         quiet = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
         self._bar = tqdm(total=trainer.max_epochs * steps, desc=self._title, unit="step", mininterval=quiet)
-        self._bar.update(int(pl_module.epochs_done) * steps)  # type: ignore[arg-type]
+        self._bar.update(pl_module.step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        self._bar.update()
+        assert isinstance(pl_module, Detector)
+        self._bar.update(pl_module.step - self._bar.n)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Detector)
@@ -234,7 +238,7 @@ def _epochs(cfg: DictConfig, data: OneClassData) -> int:
             raise ValueError(f"model.budget.{name}={budget[name]}: give a whole number from 0")
     if stages:
         return sum(stages.values())
-    return int(budget.epochs) if budget.steps is None else math.ceil(budget.steps / len(data.train_dataloader()))
+    return int(budget.epochs) if budget.steps is None else math.ceil(budget.steps / data.steps)
 
 
 def make_trainer(
@@ -244,11 +248,14 @@ def make_trainer(
     precision = cfg.trainer.precision
     if precision not in ("32-true", "tf32", "bf16-mixed"):
         raise ValueError(f"trainer.precision={precision}: choose 32-true, tf32 or bf16-mixed")
-    last = _LastCheckpoint(out / "last.ckpt", config.settings(cfg), cfg.trainer.watch_test)
+    every = cfg.trainer.checkpoint_every
+    if type(every) is not int or every < 1:
+        raise ValueError(f"trainer.checkpoint_every={every}: give a whole number of epochs from 1")
+    last = _LastCheckpoint(out / "last.ckpt", every, config.settings(cfg), cfg.trainer.watch_test)
     own: list[Callback] = [last, _SeededEpochs(cfg.seed)]
     if cfg.trainer.progress:
         own.append(_Progress(title))
-    return Trainer(
+    trainer = Trainer(
         accelerator=cfg.trainer.accelerator,
         devices=1,
         precision="bf16-mixed" if precision == "bf16-mixed" else "32-true",
@@ -265,20 +272,33 @@ def make_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
+    if cfg.trainer.capture:
+        if trainer.strategy.root_device.type == "cuda":
+            trainer.callbacks.insert(0, Capture())  # type: ignore[attr-defined]
+        else:
+            log.warning("trainer.capture=true: there is no GPU to capture steps on, so it has no effect")
+    return trainer
 
 
 @contextmanager
 def numerics(precision: str) -> Iterator[None]:
-    """The global switches of a run's precision, set back afterwards: ``trainer.precision`` and determinism."""
+    """The global switches of a run's precision, set back afterwards: ``trainer.precision`` and determinism.
+
+    Deterministic algorithms fill all new memory with NaN, lest its content be used: a pass over every tensor, of which
+    these kernels overwrite every number anyway.
+    """
+    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     try:
         yield
     finally:
         torch.set_float32_matmul_precision(before[0])
         torch.backends.cudnn.allow_tf32 = before[1]
+        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
         torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
 
 

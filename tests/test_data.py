@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from anomaly_lab.data import Loader, OneClassData, Prepare
+from anomaly_lab.data import Loader, OneClassData, Prepare, Stretches
 from anomaly_lab.datasets import Images
+from anomaly_lab.detector import Batch
 from anomaly_lab.splits import Pooled
 
 CPU = torch.device("cpu")
@@ -79,8 +80,12 @@ def images(count: int) -> Images:
     )
 
 
+def epoch(data: OneClassData) -> list[Batch]:
+    return [stretch.batch(positions) for stretch in data.train_dataloader() for positions in stretch.positions]
+
+
 def orders(data: OneClassData) -> list[int]:
-    return torch.cat([batch.index for batch in data.train_dataloader()]).tolist()
+    return torch.cat([batch.index for batch in epoch(data)]).tolist()
 
 
 def test_an_order_depends_on_seed_and_epoch_alone() -> None:
@@ -96,17 +101,29 @@ def test_small_sets_are_passed_several_times_an_epoch_each_image_equally_often()
     data = OneClassData(images(20), Pooled(), "zero", Prepare(), batch_size=8, epoch_steps=11)
     assert len(data.partition.train) == 11
     counts = np.unique(orders(data), return_counts=True)[1]
-    assert len(data.train_dataloader()) == 11 and counts.sum() == 88 and (counts == 8).all()
+    assert data.steps == 11 and counts.sum() == 88 and (counts == 8).all()
 
 
 def test_further_batches_never_end_and_are_not_those_of_the_training_order() -> None:
     data = OneClassData(images(30), Pooled(), "zero", Prepare(), batch_size=8)
-    further = [next(batches) for batches in [data.further_batches()] for _ in range(7)]
-    again = data.further_batches()
-    assert all(torch.equal(batch.index, next(again).index) for batch in further)
-    assert len(data.train_dataloader()) == 2, "seven batches are more than an epoch has"
-    assert [batch.index.tolist() for batch in further[:2]] != [b.index.tolist() for b in data.train_dataloader()]
-    assert set(torch.cat([batch.index for batch in further]).tolist()) <= set(data.partition.train.tolist())
+    further = [next(positions) for positions in [data.further_positions()] for _ in range(7)]
+    again = data.further_positions()
+    assert all(torch.equal(positions, next(again)) for positions in further)
+    assert data.steps == 2, "seven batches are more than an epoch has"
+    training = [positions.tolist() for stretch in data.train_dataloader() for positions in stretch.positions]
+    assert [positions.tolist() for positions in further[:2]] != training
+    assert set(torch.cat(further).tolist()) <= set(range(len(data.partition.train)))
+
+
+@pytest.mark.parametrize("steps", [1, 4, 11, 50])
+def test_stretches_hold_every_step_of_the_epoch_in_order(steps: int) -> None:
+    data = OneClassData(images(20), Pooled(), "zero", Prepare(), batch_size=8, epoch_steps=11)
+    made = list(Stretches(data.training(), steps))
+    assert len(made) == len(Stretches(data.training(), steps)) == -(-11 // steps)
+    assert all(len(stretch.positions) == steps for stretch in made[:-1])
+    given = [stretch.batch(positions) for stretch in made for positions in stretch.positions]
+    for one, other in zip(given, data.training(), strict=True):
+        assert torch.equal(one.index, other.index) and torch.equal(one.x, other.x)
 
 
 def test_held_out_normals_come_before_the_test_images() -> None:

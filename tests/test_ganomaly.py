@@ -83,6 +83,7 @@ def test_a_collapsed_discriminator_starts_again_from_new_weights_of_the_runs_own
         made.discriminator.logit.append(Certain(scale))
         for losses in made.plays(batch()):
             made.minimise(losses)
+        made.after_step()
         total, count = made._means["discriminator_resets"]
         return made.discriminator.features[0].weight.detach().clone(), (total / count).item()
 

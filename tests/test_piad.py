@@ -427,7 +427,8 @@ def test_features_belong_to_nobody_and_are_in_no_checkpoint(weights_file: tuple[
     factory = functools.partial(torch.optim.SGD, lr=0.1)
     optimizers = {player: factory(made.player_parameters(player)) for player in made.players()}
     made._optimizers_by_player = lambda: optimizers  # type: ignore[method-assign,assignment]
-    made.training_step(batch(images()), 0)
+    for losses in made.plays(batch(images())):
+        made.minimise(losses)
     for name, buffer in made.features.named_buffers():
         assert torch.equal(buffer, before[name]) and buffer.grad is None, name
 

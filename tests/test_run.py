@@ -38,10 +38,16 @@ class Stop(Callback):
     def __init__(self, after_steps: int) -> None:
         self.left = after_steps
 
-    def on_train_batch_end(self, *_: Any) -> None:
-        self.left -= 1
-        if self.left == 0:
-            raise RuntimeError("stopped")
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        after_step = pl_module.after_step
+
+        def stop() -> None:
+            after_step()
+            self.left -= 1
+            if self.left == 0:
+                raise RuntimeError("stopped")
+
+        pl_module.after_step = stop
 
 
 class Weights(Callback):
@@ -94,6 +100,24 @@ def test_the_checkpoint_holds_tensors_and_plain_values_only(
 ) -> None:
     checkpoint = torch.load(config.run_dir(finished[0]) / "last.ckpt", weights_only=True)
     assert checkpoint["anomaly_lab"]["history"] == finished[1]["history"]
+
+
+def test_checkpoints_can_be_written_every_so_many_epochs_and_change_nothing(tmp_path: Path) -> None:
+    """Three steps an epoch, a checkpoint after the second and the fourth."""
+    rare = "trainer.checkpoint_every=2"
+    for after, there in ((5, False), (8, True)):  # in the middle of epochs 2 and 3
+        cfg = tiny(tmp_path / f"after_{after}", rare)
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(cfg, [Stop(after)])
+        assert (config.run_dir(cfg) / "last.ckpt").exists() is there
+    resumed, whole = run(cfg), run(tiny(tmp_path / "whole"))
+    assert resumed is not None and whole is not None and resumed["metrics"] == whole["metrics"]
+    odd = tiny(tmp_path / "odd", "trainer.checkpoint_every=3")
+    run(odd)  # 4 epochs
+    checkpoint = torch.load(config.run_dir(odd) / "last.ckpt", weights_only=True)
+    assert len(checkpoint["anomaly_lab"]["history"]) == 4, "the last epoch is always kept"
+    with pytest.raises(ValueError, match=r"trainer\.checkpoint_every=0: give a whole number"):
+        run(tiny(tmp_path / "wrong", "trainer.checkpoint_every=0"))
 
 
 def test_a_finished_run_is_not_made_again(finished: tuple[DictConfig, dict[str, Any], Weights]) -> None:

@@ -49,6 +49,8 @@ class GANomaly(Detector):
         extra_layers: 3×3 convolutions added to each network at its largest feature map.
     """
 
+    collapsed: Tensor
+
     def __init__(
         self,
         image_shape: Sequence[int],
@@ -69,6 +71,8 @@ class GANomaly(Detector):
         self.encoder, self.second_encoder = encoder(), encoder()
         self.decoder = DCGANDecoder(channels, size, width, latent_size, nn.ReLU(), extra_layers)
         self.discriminator = DCGANDiscriminator(channels, size, width, extra_layers=extra_layers)
+        # Of the step just done; a buffer for the sake of its place in memory.
+        self.register_buffer("collapsed", torch.zeros((), dtype=torch.bool), persistent=False)
 
     def players(self) -> Mapping[str, Sequence[nn.Module]]:
         return {
@@ -97,9 +101,11 @@ class GANomaly(Detector):
         }
         for name, term in (("loss_adv", adv), ("loss_con", con), ("loss_enc", enc)):
             self.record(name, term)
-        collapsed = loss_d.detach() < COLLAPSED_DISCRIMINATOR
-        self.record("discriminator_resets", collapsed)
-        if collapsed:  # the one place where a step waits for the device
+        self.collapsed.copy_(loss_d.detach() < COLLAPSED_DISCRIMINATOR)
+        self.record("discriminator_resets", self.collapsed)
+
+    def after_step(self) -> None:
+        if self.collapsed:
             self.discriminator.apply(functools.partial(init_dcgan, generator=self.noise))
 
     def score(self, x: Tensor) -> Tensor:

@@ -333,7 +333,7 @@ class PIAD(Detector):
                 "latent_critic": self.loss_critic(self.latent_critic, z, fake_z),
             }
         x, z = batch.x, self.sample(batch.x)
-        if (self.step + 1) % self.gamma_every == 0:
+        if not self.steady():
             self.choose_gammas(x, z)
         gamma_e, gamma_g = self.balance_encoder.gamma, self.balance_generator.gamma
         # One backward pass for both: L_rec times gamma_G reaches G, and on the way to E is brought to gamma_E. The
@@ -343,6 +343,9 @@ class PIAD(Detector):
         self.record("log10_gamma_encoder", gamma_e.log10())
         self.record("log10_gamma_generator", gamma_g.log10())
         yield {"encoder_generator": scale_gradient(rec, gamma_g) + adversarial_z + adversarial_x}
+
+    def steady(self) -> bool:
+        return (self.step + 1) % self.gamma_every != 0
 
     def sample(self, x: Tensor) -> Tensor:
         """As many codes from the prior N(0, I) as there are images: (B,C,S,S) -> (B,d)."""

@@ -1,0 +1,160 @@
+"""A whole training step as one CUDA graph: captured once, replayed with other images.
+
+These networks are small: on a large GPU a step is mostly the launching of some hundred kernels, which a replay does at
+once. All players' passes, gradients and moves are in the graph, and so is the preparation of the images; the only input
+is where the images of the step are.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol, cast
+
+import torch
+from lightning import Callback
+from torch import Tensor
+from torch.optim import Optimizer
+
+if TYPE_CHECKING:
+    from lightning import LightningModule, Trainer
+
+    from anomaly_lab.detector import Detector
+
+log = logging.getLogger(__name__)
+
+WARM_UP = 3
+"""Steps that are computed before one is captured: they make whatever is made at first use, which no replay may make."""
+
+
+class Graph(Protocol):
+    """What is captured: `CUDAGraph`, or in tests something that can be replayed without a GPU."""
+
+    def warm_up(self, step: Callable[[], None]) -> None:
+        """Compute ``step`` where it will be captured."""
+        ...
+
+    def capture(self, step: Callable[[], None]) -> None:
+        """Record what ``step`` does, without doing it."""
+        ...
+
+    def replay(self) -> None:
+        """Do what was recorded, on what now lies in the memory it reads."""
+        ...
+
+
+class CUDAGraph:
+    """A graph on the current device, and the stream it is captured on.
+
+    Args:
+        noise: a generator that the step draws from, on that device; each replay draws the next numbers.
+    """
+
+    def __init__(self, noise: torch.Generator) -> None:
+        self._graph, self._stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        self._graph.register_generator_state(noise)
+
+    def warm_up(self, step: Callable[[], None]) -> None:
+        # On the stream of the capture, since autograd remembers on which one it has seen a parameter first.
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            step()
+        torch.cuda.current_stream().wait_stream(self._stream)
+
+    def capture(self, step: Callable[[], None]) -> None:
+        with torch.cuda.graph(self._graph, stream=self._stream):
+            step()
+
+    def replay(self) -> None:
+        self._graph.replay()
+
+
+class Capture(Callback):
+    """Takes a detector's steady steps: the first few computed, then one captured, then replays.
+
+    A captured step reads and writes memory by address. At the start of an epoch it is thrown away if a tensor of the
+    detector or an optimiser's setting is no longer what it was.
+
+    Args:
+        graph: makes a graph for a noise generator.
+    """
+
+    def __init__(self, graph: Callable[[torch.Generator], Graph] = CUDAGraph) -> None:
+        self._make, self._warned = graph, False
+        self._fits: tuple[Any, ...] | None = None  # what the captured step relies on
+        self._forget()
+
+    def _forget(self) -> None:
+        self._graph: Graph | None = None
+        self._computed, self._captured = 0, False
+        self._static: list[Tensor] = []  # positions of the step's batch, then of its further batches
+
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        cast("Detector", pl_module).capture = self
+
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._forget()  # and its memory with it
+        cast("Detector", pl_module).capture = None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        settings = [
+            tuple((key, value) for key, value in group.items() if key != "params")
+            for optimizer in trainer.optimizers
+            for group in optimizer.param_groups
+        ]
+        tensors = [*pl_module.parameters(), *pl_module.buffers()]
+        fits = (repr(settings), tuple(tensor.data_ptr() for tensor in tensors))
+        if fits != self._fits:
+            self._forget()
+        self._fits = fits
+
+    def __call__(self, detector: Detector, positions: Tensor, further: Iterator[Tensor]) -> None:
+        """`Detector.play` on the images at ``positions`` (B,), with more of them from ``further``."""
+        if positions.device.type != detector.device.type:
+            if not self._warned:
+                log.warning("trainer.capture: the images do not fit the device, so steps are computed one by one")
+            self._warned = True
+            detector.play(positions, further)
+            return
+        if self._graph is None or self._static[0].shape != positions.shape:
+            self._forget()
+            self._graph = self._make(detector.noise)
+        if self._computed < WARM_UP:
+            drawn: list[Tensor] = []
+            self._graph.warm_up(lambda: detector.play(positions, _remembered(further, drawn)))
+            self._static = [place.clone() for place in (positions, *drawn)]
+            self._computed += 1
+            return
+        new = (positions, *itertools.islice(further, len(self._static) - 1))
+        for place, value in zip(self._static, new, strict=True):
+            place.copy_(value)
+        if not self._captured:
+            torch.clear_autocast_cache()  # a replay has to make its own half-precision copies of the weights
+            self._graph.capture(lambda: detector.play(self._static[0], iter(self._static[1:])))
+            self._captured = True
+        self._graph.replay()
+
+
+def _remembered(source: Iterator[Tensor], drawn: list[Tensor]) -> Iterator[Tensor]:
+    for item in source:
+        drawn.append(item)
+        yield item
+
+
+def place_step_counts(optimizers: Iterable[Optimizer], *, capturable: bool) -> None:
+    """Let the step counts of ``optimizers`` lie where a graph can count, or where it is cheaper to count without one.
+
+    A checkpoint says how it was for the run that wrote it, which may have been the other way.
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            if "capturable" not in group:
+                continue  # it has no count
+            group["capturable"] = capturable
+            for parameter in group["params"]:
+                state = optimizer.state.get(parameter, {})
+                if "step" in state:
+                    state["step"] = state["step"].to(
+                        parameter.device if capturable or group.get("fused") else torch.device("cpu")
+                    )

@@ -1,0 +1,266 @@
+"""Captured steps, without a GPU: what a replay is given, and that a step can be replayed at all."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from lightning import Callback
+from omegaconf import DictConfig, open_dict
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from anomaly_lab import config
+from anomaly_lab.capture import WARM_UP, Capture, place_step_counts
+from anomaly_lab.detector import Batch, Detector
+from anomaly_lab.run import make_data, make_detector, make_trainer, run
+
+METHODS: dict[str, list[str]] = {
+    "shared_ae_small": ["model.detector.width=4"],
+    "ganomaly_small": ["model.detector.width=4"],
+    "aae_small": ["model.detector.width=16"],
+    "itsr_small": [
+        "model.detector.width=16",
+        "model.detector.rounds=2",
+        "model.budget.epochs=null",
+        "model.budget.stages={pretrain:1,detect:2,retrain:1}",
+    ],
+    "piad_pixel_l1_small": ["model.budget.steps=null", "model.detector.gamma_every=4"],
+}
+
+
+class Recorded:
+    """A graph without a GPU: a replay computes the captured step again, from the very tensors it was captured with.
+
+    It refuses what a real replay would not do: change plain Python values, or make tensors that outlive the step.
+    """
+
+    def __init__(self, noise: torch.Generator) -> None:
+        self.computed, self.replayed = 0, 0
+        GRAPHS.append(self)
+
+    def warm_up(self, step: Callable[[], None]) -> None:
+        self.computed += 1
+        step()
+
+    def capture(self, step: Callable[[], None]) -> None:
+        self._step = step
+
+    def replay(self) -> None:
+        self.replayed += 1
+        detector = WATCHED[-1]
+        before = lasting(detector)
+        self._step()
+        assert lasting(detector) == before, "a replay would not have done this"
+
+
+GRAPHS: list[Recorded] = []
+WATCHED: list[Detector] = []
+
+
+def lasting(detector: Detector) -> dict[str, Any]:
+    """Plain values of a detector, and where its tensors are, those of its means and its optimisers included."""
+
+    def shown(value: Any) -> Any:
+        return tree_map(lambda leaf: leaf.data_ptr() if isinstance(leaf, Tensor) else repr(leaf), value)
+
+    skipped = ("_further", "_stretch", "_parameters", "_buffers", "_modules", "_trainer", "noise")
+    values = {name: shown(value) for name, value in vars(detector).items() if not name.startswith(skipped)}
+    for part, network in detector.named_modules():
+        for name, tensor in [*network.named_parameters(recurse=False), *network.named_buffers(recurse=False)]:
+            values[f"{part}.{name}"] = tensor.data_ptr()
+    states = [optimizer.state for optimizer in detector.trainer.optimizers]
+    return values | {"optimizers": [shown(value) for state in states for value in state.values()]}
+
+
+class Watch(Callback):
+    def on_fit_start(self, trainer: Any, pl_module: Any) -> None:
+        WATCHED.append(pl_module)
+
+
+def tiny(runs: Path, model: str, *options: str) -> DictConfig:
+    budget = ["model.budget.epochs=3", "model.budget.epoch_steps=7", "trainer.progress=false", "logger=none"]
+    where = [f"runs={runs}", f"data_dir={runs.parent / 'data'}", f"model={model}"]
+    return config.compose([*budget, *where, *METHODS[model], *options])
+
+
+def outcome(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    result = run(cfg, callbacks)
+    assert result is not None
+    state = torch.load(config.run_dir(cfg) / "last.ckpt", weights_only=True)["state_dict"]
+    return result, state
+
+
+@pytest.mark.parametrize("model", METHODS)
+def test_replayed_steps_end_where_computed_ones_do(tmp_path: Path, model: str) -> None:
+    GRAPHS.clear()
+    plain, weights = outcome(tiny(tmp_path / "plain", model))
+    replayed, same = outcome(tiny(tmp_path / "replayed", model), [Watch(), Capture(Recorded)])
+    assert weights.keys() == same.keys() and all(torch.equal(weights[name], same[name]) for name in weights)
+    for one, other in zip(plain["history"], replayed["history"], strict=True):
+        assert one | {"seconds": 0} == other | {"seconds": 0}
+    steps = replayed["steps"]
+    not_steady = steps // 4 if model.startswith("piad") else 0
+    assert sum(graph.replayed + graph.computed for graph in GRAPHS) == steps - not_steady
+    assert all(graph.computed == WARM_UP for graph in GRAPHS if graph.replayed)
+    assert sum(graph.replayed for graph in GRAPHS) >= steps // 3
+
+
+def test_a_step_is_captured_anew_only_where_the_old_one_would_be_wrong(tmp_path: Path) -> None:
+    GRAPHS.clear()
+    outcome(tiny(tmp_path / "one", "ganomaly_small"), [Watch(), Capture(Recorded)])
+    assert len(GRAPHS) == 1
+    GRAPHS.clear()
+    decaying = "model.scheduler={_target_: torch.optim.lr_scheduler.ExponentialLR, _partial_: true, gamma: 0.5}"
+    _, weights = outcome(tiny(tmp_path / "decaying", "ganomaly_small", decaying), [Watch(), Capture(Recorded)])
+    assert len(GRAPHS) == 3, "a learning rate is a number in the graph"
+    _, plain = outcome(tiny(tmp_path / "plain", "ganomaly_small", decaying))
+    assert all(torch.equal(weights[name], plain[name]) for name in plain)
+    GRAPHS.clear()
+    outcome(tiny(tmp_path / "itsr", "itsr_small"), [Watch(), Capture(Recorded)])
+    assert len(GRAPHS) == 3, "what the first rejection found, then the images that come back with a negative weight"
+
+
+class Counting(Detector):
+    """Breaks the contract: what it does depends on a Python number that a replay would not change."""
+
+    def __init__(self, image_shape: Sequence[int]) -> None:
+        super().__init__(image_shape)
+        self.layer, self.calls = nn.Linear(image_shape[1] * image_shape[2], 1), 0
+
+    def players(self) -> Mapping[str, Sequence[nn.Module]]:
+        return {"layer": [self.layer]}
+
+    def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
+        self.calls += 1
+        yield {"layer": self.score(batch.x).mean() / self.calls}
+
+    def score(self, x: Tensor) -> Tensor:
+        return self.layer(x.flatten(1)).square().squeeze(1)
+
+
+def test_the_stand_in_for_a_graph_notices_what_a_replay_would_leave_out(tmp_path: Path) -> None:
+    cfg = tiny(tmp_path / "runs", "shared_ae_small")
+    with open_dict(cfg):
+        cfg.model.detector = {"_target_": f"{__name__}.Counting"}
+    with pytest.raises(AssertionError, match="would not have done"):
+        run(cfg, [Watch(), Capture(Recorded)])
+
+
+class NeverWait(TorchDispatchMode):
+    """Refuses the operators that need a tensor's values on the host, for which a GPU has to be waited for."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in WAITING, f"a step that waits for the device: {func}"
+        return func(*args, **kwargs or {})
+
+
+WAITING = (
+    torch.ops.aten._local_scalar_dense.default,
+    torch.ops.aten.nonzero.default,
+    torch.ops.aten.masked_select.default,
+    torch.ops.aten.is_nonzero.default,
+)
+
+
+@pytest.mark.parametrize("model", sorted(path.stem for path in (config.CONFIG_DIR / "model").glob("*_small.yaml")))
+def test_a_steady_step_never_waits_for_the_device(model: str) -> None:
+    random = ["weights=random", "path=null", "sha256=null"] if "squeezenet" in model or model in VGG else []
+    cfg = config.compose([f"model={model}", *(f"model.detector.features.{option}" for option in random)])
+    made = make_detector(cfg, (1, 32, 32)).train()
+    optimizers = {player: torch.optim.SGD(made.player_parameters(player), lr=0.01) for player in made.players()}
+    made._optimizers_by_player = lambda: optimizers  # type: ignore[method-assign,assignment]  # no Trainer here
+    x = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    given = Batch(x, torch.zeros(4, dtype=torch.uint8), torch.arange(4))
+    made.next_batch = lambda: given  # type: ignore[method-assign]
+    assert made.steady()
+    with NeverWait():
+        for losses in made.plays(given):
+            made.minimise(losses)
+            for player, loss in losses.items():
+                made.record(f"loss_{player}", loss)
+    with pytest.raises(AssertionError, match="waits"), NeverWait():
+        x.sum().item()
+
+
+VGG = ("piad_small", "piad_cifar10_small", "piad_coil100_small")
+
+
+def test_half_precision_sees_the_weights_a_play_has_left(tmp_path: Path) -> None:
+    """Autocast keeps the copy of a weight it has made; the second play would work with the weights of the first."""
+
+    class Twice(Counting):
+        def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
+            for _ in range(2):
+                loss = self.score(batch.x).mean()
+                seen.append(loss.item())
+                yield {"layer": loss}
+
+    seen: list[float] = []
+    made = Twice((1, 8, 8))
+    optimizer = torch.optim.SGD(made.parameters(), lr=0.01)
+    made._optimizers_by_player = lambda: {"layer": optimizer}  # type: ignore[method-assign,assignment,dict-item]
+    given = Batch(torch.ones(2, 1, 8, 8), torch.zeros(2), torch.arange(2))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        for losses in made.plays(given):
+            made.minimise(losses)
+    assert seen[1] < seen[0]
+
+
+def test_capture_is_said_to_have_no_effect_without_a_gpu(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cfg = tiny(tmp_path / "runs", "shared_ae_small", "trainer.capture=true", "trainer.accelerator=cpu")
+    data = make_data(cfg)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = make_trainer(cfg, data, tmp_path, "title")
+    assert "no GPU to capture steps on" in caplog.text
+    assert not any(isinstance(callback, Capture) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+
+
+def test_step_counts_go_where_they_are_needed() -> None:
+    layer = nn.Linear(2, 1)
+    adam, sgd = torch.optim.Adam(layer.parameters()), torch.optim.SGD(layer.parameters(), lr=0.1)
+    layer(torch.ones(1, 2)).sum().backward()
+    adam.step()
+    adam.param_groups[0]["capturable"] = True  # as a checkpoint of a captured run has it
+    place_step_counts([adam, sgd], capturable=False)
+    assert not adam.param_groups[0]["capturable"] and "capturable" not in sgd.param_groups[0]
+    adam.step()  # which would refuse capturable=True for weights on a CPU
+    assert [state["step"].item() for state in adam.state.values()] == [2, 2]
+
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+@pytest.mark.parametrize("precision", ["32-true", "tf32", "bf16-mixed"])
+@pytest.mark.parametrize("model", [pytest.param(model, marks=gpu) for model in METHODS])
+def test_on_a_gpu_captured_scores_are_those_of_computed_steps(tmp_path: Path, model: str, precision: str) -> None:
+    options = ["trainer.accelerator=cuda", f"trainer.precision={precision}", "model.budget.epoch_steps=20"]
+    scores = []
+    for capture in (False, True):
+        cfg = tiny(tmp_path / f"capture_{capture}", model, *options, f"trainer.capture={str(capture).lower()}")
+        outcome(cfg)
+        with np.load(config.run_dir(cfg) / "scores.npz") as file:
+            scores.append(file["score"])
+    tolerance = 1e-3 if precision == "32-true" else 5e-2  # Adam's bias correction is computed in float32 in a graph
+    np.testing.assert_allclose(scores[1], scores[0], rtol=tolerance, atol=tolerance * float(np.median(scores[0])))
+
+
+@pytest.mark.parametrize("model", [pytest.param(model, marks=gpu) for model in ("ganomaly_small", "itsr_small")])
+def test_on_a_gpu_a_captured_run_resumes_computed_and_the_other_way(tmp_path: Path, model: str) -> None:
+    from test_run import Stop
+
+    for first, then in ((True, False), (False, True)):
+        runs = tmp_path / f"{first}"
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(tiny(runs, model, "trainer.accelerator=cuda", f"trainer.capture={str(first).lower()}"), [Stop(10)])
+        result, _ = outcome(tiny(runs, model, "trainer.accelerator=cuda", f"trainer.capture={str(then).lower()}"))
+        assert result["steps"] == result["epochs"] * 7
