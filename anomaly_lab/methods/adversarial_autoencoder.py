@@ -245,7 +245,9 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
             )
 
     def weights(self, batch: Batch) -> Tensor:
-        return torch.where(torch.isin(batch.index, self.repelled_index), self.w_anomaly, 1.0)
+        # Not torch.isin, which on a GPU sorts, and waits for how many are left.
+        repelled = (batch.index[:, None] == self.repelled_index).any(1)  # (B,)
+        return torch.where(repelled, self.w_anomaly, 1.0)
 
     def _weighted(self, w: Tensor, term: Tensor) -> Tensor:
         capped = term.squeeze(1)
