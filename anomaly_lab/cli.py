@@ -357,8 +357,7 @@ def _grid(jobs: Sequence[Sequence[str]]) -> list[_Run]:
 
     common = set[str]().union(*jobs[:1]).intersection(*jobs) if len(jobs) > 1 else set()
     runs = []
-    for job in jobs:
-        cfg = config.compose(job)
+    for job, cfg in zip(jobs, config.compose_all(jobs), strict=True):
         try:
             out = config.run_dir(cfg)
             [status] = results.status(cfg.runs, [({}, out)])

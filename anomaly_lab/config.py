@@ -11,7 +11,7 @@ import itertools
 import json
 import os
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -42,6 +42,9 @@ IDENTITY = ("model", "dataset", "split", "trainer.precision", "trainer.threshold
 NOT_IDENTITY = ("dataset.data_dir", "dataset.path", "dataset.name")
 """Where the data lie (their checksum counts), and their name, which has its own place in the identity. Nor does a
 ``path`` count that has a ``sha256`` beside it, which says what the file is."""
+
+NAMES_OF_RUNS = ("normal_class", "abnormal_class", "seed")
+"""Keys at the top of train.yaml that no other part of a configuration is chosen by."""
 
 SUBMITTED = "ANOMALY_LAB_SUBMITTED"
 """Environment variable of a queued job: the `code` it was submitted with, as JSON."""
@@ -103,6 +106,28 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
         hydra.errors.HydraException: an override that does not parse, or names no config or key.
     """
     return without_hydra(_compose(overrides))
+
+
+def compose_all(jobs: Iterable[Sequence[str]]) -> Iterator[DictConfig]:
+    """What `compose` gives for each of ``jobs``; those that differ in class and seed alone are composed once.
+
+    Composing takes a tenth of a second, which a table of three hundred runs would pay three hundred times.
+    """
+    parser = OverridesParser.create()
+    composed: dict[tuple[str, ...], DictConfig] = {}
+    for job in jobs:
+        names = [word.split("=")[0] in NAMES_OF_RUNS for word in job]
+        rest = tuple(word for word, named in zip(job, names, strict=True) if not named)
+        parsed = parser.parse_overrides([word for word, named in zip(job, names, strict=True) if named])
+        if any(override.is_sweep_override() for override in parsed):
+            yield compose(job)  # which says what is wrong with it
+            continue
+        if rest not in composed:
+            composed[rest] = compose(rest)
+        cfg = composed[rest].copy()
+        for override in parsed:  # as Hydra does with what is left over after the groups
+            OmegaConf.update(cfg, override.get_key_element(), override.value(), merge=True)
+        yield cfg
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
@@ -314,5 +339,5 @@ def finished(cfg: DictConfig) -> dict[str, Any] | None:
 
 def expected_runs(experiment: str, overrides: Sequence[str] = ()) -> list[tuple[dict[str, Any], Path]]:
     """Identity and folder of every run of ``conf/experiment/<experiment>.yaml``."""
-    configs = [compose(job) for job in jobs([f"experiment={experiment}", *overrides])]
+    configs = compose_all(jobs([f"experiment={experiment}", *overrides]))
     return [(identity(cfg), run_dir(cfg)) for cfg in configs]

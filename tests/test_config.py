@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra.errors import HydraException
 from omegaconf import OmegaConf
 
 from anomaly_lab import config
@@ -56,6 +57,8 @@ def test_what_can_change_a_result_makes_another_run(override: str) -> None:
         "trainer.watch_test=true",
         "trainer.measure_leak=true",
         "trainer.score_batch_size=7",
+        "trainer.checkpoint_every=2",
+        "trainer.capture=true",
     ],
 )
 def test_what_cannot_change_a_result_is_the_same_run(override: str) -> None:
@@ -147,11 +150,12 @@ ALLOWED = {
     "networks": set(),
     "config": set(),
     "figures": {"files", "metrics"},
-    "detector": {"metrics"},
+    "capture": set(),
+    "detector": {"capture", "metrics"},
     "data": {"datasets", "detector", "splits"},
     "tracking": {"files"},
     "results": {"files", "metrics"},
-    "run": {"config", "data", "detector", "figures", "files", "metrics", "tracking"},
+    "run": {"capture", "config", "data", "detector", "figures", "files", "metrics", "tracking"},
     "predict": {"config", "data", "datasets", "detector", "run"},
     "cli": {"config", "files"},
     "__init__": set(),
@@ -180,3 +184,19 @@ def test_the_arrows_between_modules(path: Path) -> None:
     if path.stem in TORCHLESS and path.parent == PACKAGE:
         heavy = {"torch", "lightning", "torchmetrics", "torchvision", "wandb", "pandas", "matplotlib"}
         assert not {name.split(".")[0] for name in modules} & heavy
+
+
+def test_jobs_composed_together_are_those_composed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    jobs = config.jobs(["model=shared_ae,ganomaly", "normal_class=0,'1',good", "seed=0,1", "model.batch_size=8,16"])
+    jobs += [["seed=1", "seed=2"], ["experiment=jia2022_mnist_small", "normal_class=3"], ["+model.new=1", "seed=4"], []]
+    expected = [config.compose(job) for job in jobs]
+    calls = []
+    compose = config.compose
+    monkeypatch.setattr(config, "compose", lambda overrides: calls.append(overrides) or compose(overrides))
+    together = list(config.compose_all(jobs))
+    assert [OmegaConf.to_yaml(cfg) for cfg in together] == [OmegaConf.to_yaml(cfg) for cfg in expected]
+    assert len(jobs) == 28 and len(calls) == 4 + 3
+    with pytest.raises(HydraException):
+        list(config.compose_all([["seed=[1"]]))
+    with pytest.raises(HydraException):
+        list(config.compose_all([["seed=1,2"]]))

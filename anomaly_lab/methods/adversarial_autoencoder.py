@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
-from sklearn.svm import OneClassSVM
 from torch import Tensor, nn
 
 from anomaly_lab.detector import Batch, Detector
@@ -261,6 +260,8 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
             self._repel()
 
     def _reject(self, number: int) -> None:
+        from sklearn.svm import OneClassSVM  # seconds, with SciPy: not for AE and AAE
+
         training = self.training_set()
         if number == 1:
             self.set_fitted("rejected_in", torch.zeros(len(training.x), dtype=torch.long, device=self.device))
