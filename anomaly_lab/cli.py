@@ -12,9 +12,9 @@ import sys
 import traceback
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import IO, TYPE_CHECKING, Any, NamedTuple
 
 from anomaly_lab.files import UNWRITABLE
 
@@ -214,19 +214,26 @@ def _job(cfg: DictConfig) -> float | None:
         if not sweep:
             sys.exit(_mistake("anomaly-lab", line, code))
         # The other runs of a sweep go on; the summary at its end finds the failure again.
-        print(f"failed: {out or ' '.join(job)}: {line}", file=sys.stderr, flush=True)
+        _show(f"failed: {out or ' '.join(job)}: {line}", sys.stderr)
         return None
     finally:
         if journal is not None:
             journal.note(ended, job)
     if result is None:
-        print(f"left to the process that is busy with it: {out}", file=sys.stderr, flush=True)
+        _show(f"left to the process that is busy with it: {out}", sys.stderr)
         return None
     if sweep:
-        print(_result_line(result) + ("  (done before)" if before else ""), flush=True)
+        _show(_result_line(result) + ("  (done before)" if before else ""), sys.stdout)
     else:
         _print_result(result, out)
     return float(result["metrics"]["val_score"])
+
+
+def _show(line: str, file: IO[str]) -> None:
+    """A line about one run, between the progress bars of those beside it."""
+    bars = sys.modules.get("tqdm") if sys.stderr.isatty() else None  # there are none before its import
+    with bars.tqdm.external_write_mode(file) if bars else nullcontext():
+        print(line, file=file, flush=True)
 
 
 def _is_failure(error: Exception) -> bool:

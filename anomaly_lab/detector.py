@@ -20,7 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torchmetrics import Metric
 from torchmetrics.utilities import dim_zero_cat
 
-from anomaly_lab import metrics
+from anomaly_lab import metrics, turns
 from anomaly_lab.capture import Capture, place_step_counts
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
@@ -277,6 +277,7 @@ class Detector(LightningModule, ABC):
                 self.play(positions, self._further_of_epoch)
             self.after_step()
             self.step += 1
+            turns.pass_on()
 
     def play(self, positions: Tensor, further: Iterator[Tensor]) -> None:
         """One step on the training images at ``positions`` (B,), `next_batch` on ``further`` ones: what is replayed."""
@@ -463,8 +464,7 @@ class Detector(LightningModule, ABC):
         self._started, self._steps_before = time.perf_counter(), self.step
 
     def on_validation_epoch_start(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+        turns.settle(self.device)
         self._seconds = time.perf_counter() - self._started  # of training alone: validation starts here
         self.seconds_per_step = self._seconds / max(self.step - self._steps_before, 1)
         self._evaluations, self._decisions = {}, {}
@@ -479,6 +479,7 @@ class Detector(LightningModule, ABC):
         if self.scored_after_fit and not self._fit_finished:
             return
         self._evaluate("val" if dataloader_idx == 0 else "test", batch)
+        turns.pass_on()
 
     test_step = validation_step
 

@@ -35,7 +35,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
 
-from anomaly_lab import config, figures, metrics, tracking
+from anomaly_lab import config, figures, metrics, tracking, turns
 from anomaly_lab.capture import Capture
 from anomaly_lab.data import OneClassData, Prepare
 from anomaly_lab.detector import Detector, Diverged
@@ -72,7 +72,8 @@ class _WholeFiles(TorchCheckpointIO):
         # In memory first: torch's writer would turn a full disk into an error of its own that says nothing.
         buffer = io.BytesIO()
         torch.save(checkpoint, buffer)
-        write_whole(Path(path), lambda file: file.write(buffer.getbuffer()))
+        with turns.aside():
+            write_whole(Path(path), lambda file: file.write(buffer.getbuffer()))
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
@@ -135,8 +136,15 @@ class _Progress(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert trainer.max_epochs is not None and isinstance(pl_module, Detector)
         steps = trainer.datamodule.steps  # type: ignore[attr-defined]
-        quiet = 0.5 if sys.stderr.isatty() else 30  # seconds; a log file needs no animation
-        self._bar = tqdm(total=trainer.max_epochs * steps, desc=self._title, unit="step", mininterval=quiet)
+        screen = sys.stderr.isatty()
+        self._bar = tqdm(
+            total=trainer.max_epochs * steps,
+            desc=self._title,
+            unit="step",
+            mininterval=0.5 if screen else 30,  # seconds; a log file needs no animation
+            position=None if screen else 0,  # bars of several runs: one below the other, but not in a log file
+            leave=not turns.shared(),  # their place is needed again, and the line of the result says it all
+        )
         self._bar.update(pl_module.step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
@@ -385,11 +393,12 @@ def _too_large(cfg: DictConfig) -> str:
     if torch.cuda.is_available():
         free, total = (value / 2**20 for value in torch.cuda.mem_get_info())
         memory = f"; {total:.0f} MB in all, {free:.0f} MB of them free now"
+    fewer = "lower hydra.launcher.models, " if turns.shared() else ""
     return (
         f"out of memory with model.batch_size={cfg.model.batch_size} and "
-        f"trainer.score_batch_size={cfg.trainer.score_batch_size}{memory}: free the device of other processes, lower "
-        "trainer.score_batch_size where scoring failed (it changes no result), or model.batch_size or the networks' "
-        "width (which makes another run)"
+        f"trainer.score_batch_size={cfg.trainer.score_batch_size}{memory}: {fewer}free the device of other "
+        "processes, lower trainer.score_batch_size where scoring failed (it changes no result), or model.batch_size or "
+        "the networks' width (which makes another run)"
     )
 
 
@@ -458,6 +467,7 @@ def _make(
     trainer = make_trainer(cfg, data, out, title, tracker, callbacks)
     device = trainer.strategy.root_device
 
+    turns.own_stream(device)
     if device.type == "cuda":
         gc.collect()  # an earlier run of this process that failed may still hold memory, in cycles
         torch.cuda.reset_peak_memory_stats(device)

@@ -1,4 +1,4 @@
-"""Launchers of many runs: on the GPUs of one machine, on Ray, and on a Slurm cluster.
+"""Launchers of many runs: several in one process, on the GPUs of one machine, on Ray, and on a Slurm cluster.
 
 They lie in the namespace package ``hydra_plugins`` because Hydra takes launchers from nowhere else; it imports this
 file at every start, so nothing heavy stands at the top. Options and defaults are in ``conf/hydra/launcher/``.
@@ -16,16 +16,26 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.singleton import Singleton
 from hydra.core.utils import JobReturn, JobStatus, run_job, setup_globals
 from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
+
+
+class _Planned(NamedTuple):
+    number: int
+    overrides: list[str]
+    composed: DictConfig  # with Hydra's own part
+    out: Path | None  # the run's folder; None where the task itself is to say what it is: done, or impossible
 
 
 class _Launcher(Launcher):
@@ -35,6 +45,74 @@ class _Launcher(Launcher):
 
     def setup(self, *, hydra_context: HydraContext, task_function: TaskFunction, config: DictConfig) -> None:
         self.hydra_context, self.task_function, self.config = hydra_context, task_function, config
+
+    def _plan(self, number: int, overrides: list[str]) -> _Planned:
+        from anomaly_lab import config
+
+        composed = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
+        with open_dict(composed.hydra.job):
+            composed.hydra.job.id, composed.hydra.job.num = f"{composed.hydra.job.name}_{number}", number
+        try:
+            cfg = config.without_hydra(composed)
+            out = config.run_dir(cfg) if config.finished(cfg) is None else None
+        except Exception:  # the task meets the same and says it in its own words
+            out = None
+        return _Planned(number, overrides, composed, out)
+
+    def _run(self, one: _Planned) -> JobReturn:
+        return run_job(
+            hydra_context=self.hydra_context,
+            task_function=self.task_function,
+            config=one.composed,
+            job_dir_key="hydra.sweep.dir",
+            job_subdir_key="hydra.sweep.subdir",
+        )
+
+
+# One process ----------------------------------------------------------------------------------------------------------
+
+
+class AbreastLauncher(_Launcher):
+    """Several runs in this process, which take turns step by step (`anomaly_lab.turns`), on one GPU or on the CPU."""
+
+    def __init__(self, models: int) -> None:
+        self._models = models
+
+    def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
+        if type(self._models) is not int or self._models < 1:
+            raise ValueError(f"hydra.launcher.models={self._models}: give a whole number from 1")
+        setup_globals()
+        planned = [self._plan(number, list(job)) for number, job in enumerate(job_overrides, initial_job_idx)]
+        trackers = {OmegaConf.select(one.composed, "logger._target_") for one in planned}
+        if self._models > 1 and "anomaly_lab.tracking.Wandb" in trackers:
+            raise ValueError(
+                "logger=wandb records one run at a time in a process: with hydra/launcher=abreast choose logger=csv or "
+                "tensorboard, or keep wandb and take hydra/launcher=parallel"
+            )
+        hydra = HydraConfig.instance()
+        own_config = (lambda: hydra.cfg, lambda cfg: setattr(hydra, "cfg", cfg))
+        with _sigterm_raises():
+            if any(one.out is not None for one in planned):
+                import anomaly_lab.run  # noqa: F401  # torch, whose first state is where every run starts from
+            from anomaly_lab import turns
+
+            return turns.take([partial(self._run, one) for one in planned], self._models, own=[own_config])
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """SIGTERM as an exception in the main thread, which waits: Lightning's, as it comes out of a single run."""
+
+    def end(number: int, frame: object) -> None:
+        from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+        raise SIGTERMException
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 # One machine, and Ray -------------------------------------------------------------------------------------------------
@@ -134,13 +212,6 @@ _PORTABLE = ("name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_pe
 """Parameters that submitit has for every cluster; all others get a ``slurm_`` before their name."""
 
 
-class _Planned(NamedTuple):
-    number: int
-    overrides: list[str]
-    composed: DictConfig  # with Hydra's own part
-    out: Path | None  # the run's folder; None where the task itself is to say what it is: done, or impossible
-
-
 class SlurmLauncher(_Launcher):
     """Submits what is neither done nor in the queue as one job array, through submitit, and leaves.
 
@@ -174,19 +245,6 @@ class SlurmLauncher(_Launcher):
             while {"running", "queued"} & set(self._states(planned).values()):
                 time.sleep(_LOOK_SECONDS)
         return [self._answer(one) for one in planned]
-
-    def _plan(self, number: int, overrides: list[str]) -> _Planned:
-        from anomaly_lab import config
-
-        composed = self.hydra_context.config_loader.load_sweep_config(self.config, overrides)
-        with open_dict(composed.hydra.job):
-            composed.hydra.job.id, composed.hydra.job.num = f"{composed.hydra.job.name}_{number}", number
-        try:
-            cfg = config.without_hydra(composed)
-            out = config.run_dir(cfg) if config.finished(cfg) is None else None
-        except Exception:  # the task meets the same and says it in its own words
-            out = None
-        return _Planned(number, overrides, composed, out)
 
     def _states(self, planned: Sequence[_Planned]) -> dict[Path, str]:
         from anomaly_lab import results
@@ -227,13 +285,7 @@ class SlurmLauncher(_Launcher):
 
         if one.out is not None and (not self._wait or config.finished(config.without_hydra(one.composed)) is None):
             return JobReturn(overrides=one.overrides, status=JobStatus.COMPLETED)
-        return run_job(
-            hydra_context=self.hydra_context,
-            task_function=self.task_function,
-            config=one.composed,
-            job_dir_key="hydra.sweep.dir",
-            job_subdir_key="hydra.sweep.subdir",
-        )
+        return self._run(one)
 
 
 class _Job(NamedTuple):

@@ -146,21 +146,22 @@ ALLOWED = {
     "files": set(),
     "datasets": {"files"},
     "splits": set(),
+    "turns": set(),
     "metrics": set(),
     "networks": set(),
     "config": set(),
     "figures": {"files", "metrics"},
     "capture": set(),
-    "detector": {"capture", "metrics"},
+    "detector": {"capture", "metrics", "turns"},
     "data": {"datasets", "detector", "splits"},
     "tracking": {"files"},
     "results": {"files", "metrics"},
-    "run": {"capture", "config", "data", "detector", "figures", "files", "metrics", "tracking"},
+    "run": {"capture", "config", "data", "detector", "figures", "files", "metrics", "tracking", "turns"},
     "predict": {"config", "data", "datasets", "detector", "run"},
     "cli": {"config", "files"},
     "__init__": set(),
 }
-TORCHLESS = {"files", "datasets", "splits", "metrics", "figures", "results", "config", "cli", "__init__"}
+TORCHLESS = {"files", "datasets", "splits", "metrics", "figures", "results", "config", "cli", "turns", "__init__"}
 PACKAGE = Path(config.__file__).parent
 
 

@@ -1,0 +1,281 @@
+"""Several runs in one process that take turns: a thread for each, of which only one works at any moment.
+
+A run gives its turn away at the end of every training step and of every batch that it scores (`pass_on`), and while it
+waits for the device (`settle`) or for a disk (`aside`). On a GPU each works in a CUDA stream of its own, so what the
+runs have launched is computed side by side while one after another launches more. What torch and Python keep once for
+the whole process (random streams, switches, warning filters) is each run's own: put away with the turn, put back with
+the next. So every run does exactly what it does alone, whatever the others are.
+
+Outside of `take` everything here does nothing, or waits in the plain way.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TypeVar
+
+if TYPE_CHECKING:
+    import torch
+
+T = TypeVar("T")
+
+Own = tuple[Callable[[], Any], Callable[[Any], None]]
+"""Global state that each run has for itself: how it is read, and how it is put back."""
+
+
+class Stopped(BaseException):
+    """The runs are to end: raised in each of them when it gets its next turn. No run's own failure."""
+
+
+def _random_streams() -> list[tuple[torch.Generator, torch.Tensor]]:
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return []
+    generators = [torch.default_generator]
+    if torch.cuda.is_initialized():
+        generators.append(torch.cuda.default_generators[torch.cuda.current_device()])
+    return [(generator, generator.get_state()) for generator in generators]
+
+
+def _set_random_streams(states: list[tuple[torch.Generator, torch.Tensor]]) -> None:
+    for generator, state in states:
+        generator.set_state(state)
+
+
+def _switches() -> tuple[Any, ...] | None:
+    torch = sys.modules.get("torch")
+    if torch is None:
+        return None
+    return (
+        torch.get_float32_matmul_precision(),
+        torch.backends.cudnn.allow_tf32,
+        torch.backends.cudnn.benchmark,
+        torch.utils.deterministic.fill_uninitialized_memory,
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+
+
+def _set_switches(wanted: tuple[Any, ...] | None) -> None:
+    if wanted is None or wanted == _switches():  # setting costs far more than asking
+        return
+    import torch
+
+    matmul, tf32, benchmark, filling, deterministic, warn_only = wanted
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = tf32, benchmark
+    torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+
+
+def _filters() -> list[Any]:
+    return warnings.filters  # type: ignore[return-value]
+
+
+def _set_filters(filters: list[Any]) -> None:
+    warnings.filters = filters  # catch_warnings() puts back what it has found, so runs would undo each other's
+
+
+OWN: tuple[Own, ...] = (
+    (_random_streams, _set_random_streams),
+    (_switches, _set_switches),
+    (_filters, _set_filters),
+)
+
+
+class _Run:
+    """One job, its thread, and what is its own of the process's state."""
+
+    def __init__(self, number: int, job: Callable[[], Any], states: list[Any]) -> None:
+        self.number, self.job, self.states = number, job, states
+        self.turn = threading.Lock()  # released by whoever gives it the turn
+        self.turn.acquire()
+
+
+class _Group:
+    def __init__(self, jobs: Sequence[Callable[[], Any]], own: Sequence[Own]) -> None:
+        self._own = own
+        self._at_first = [read() for read, _ in own]
+        self._left = deque(enumerate(jobs))
+        self._waiting: deque[_Run] = deque()  # for their turn, who came first in front
+        self._taken = True  # somebody works: at first whoever makes the group
+        self._alive = 0
+        self._threads: list[threading.Thread] = []
+        self._mutex = threading.Lock()  # for the two above, and never held for long
+        self.stop = False
+        self._over = threading.Event()
+        self.results: dict[int, Any] = {}
+        self.fault: BaseException | None = None
+
+    def begin(self, at_once: int) -> None:
+        with self._mutex:
+            for _ in range(min(at_once, len(self._left))):
+                self._next_job()
+        if not self._alive:
+            self._over.set()
+        self._leave()
+
+    def _next_job(self) -> None:
+        number, job = self._left.popleft()
+        run = _Run(number, job, self._at_first)
+        self._alive += 1
+        self._waiting.append(run)
+        # A daemon: who asks twice for the end (Ctrl-C, Ctrl-C) gets it without waiting for anybody's next step.
+        self._threads.append(threading.Thread(target=self._live, args=(run,), name=f"run {number}", daemon=True))
+        self._threads[-1].start()
+
+    def _live(self, run: _Run) -> None:
+        _mine.group, _mine.run = self, run
+        try:
+            self._take_up(run)
+            self.results[run.number] = run.job()
+        except Stopped:
+            pass
+        except BaseException as error:  # jobs record the failures of runs; this ends all of them
+            self.fault, self.stop = self.fault or error, True
+        with self._mutex:
+            self._alive -= 1
+            if self._left and not self.stop:
+                self._next_job()
+            over = not self._alive
+        self._leave()
+        if over:
+            self._over.set()
+
+    def wait(self) -> None:
+        """Until every thread has gone: one that Python finds at its own end would be killed in the middle of C++."""
+        self._over.wait()
+        for thread in self._threads:
+            thread.join()
+
+    def pass_on(self, run: _Run) -> bool:
+        """Let the others have a turn each; False if none of them waits for one."""
+        if self.stop:
+            raise Stopped
+        if not self._waiting:
+            return False
+        run.states = [read() for read, _ in self._own]
+        with self._mutex:
+            self._waiting.append(run)
+            following = self._waiting.popleft()
+        following.turn.release()
+        self._take_up(run)
+        return True
+
+    @contextmanager
+    def aside(self, run: _Run) -> Iterator[None]:
+        run.states = [read() for read, _ in self._own]
+        self._leave()
+        try:
+            yield
+        finally:
+            with self._mutex:
+                if self._taken:
+                    self._waiting.append(run)
+                else:
+                    self._taken = True
+                    run.turn.release()
+            self._take_up(run)
+
+    def _leave(self) -> None:
+        with self._mutex:
+            if self._waiting:
+                self._waiting.popleft().turn.release()
+            else:
+                self._taken = False
+
+    def _take_up(self, run: _Run) -> None:
+        run.turn.acquire()
+        for (_, put_back), state in zip(self._own, run.states, strict=True):
+            put_back(state)
+        if self.stop:
+            raise Stopped
+
+    def finish(self) -> None:
+        for (_, put_back), state in zip(self._own, self._at_first, strict=True):
+            put_back(state)
+
+
+class _Mine(threading.local):
+    group: _Group | None = None
+    run: _Run
+
+
+_mine = _Mine()
+
+
+def take(jobs: Sequence[Callable[[], T]], at_once: int, own: Sequence[Own] = ()) -> list[T]:
+    """What each of ``jobs`` returns, in their order. ``at_once`` of them take turns; who ends makes room for the next.
+
+    The calling thread waits. An exception that reaches it there (Ctrl-C, one that a signal's handler raises) stops
+    every job at its next turn and is raised once all have ended; so is one that a job raises.
+
+    Args:
+        own: further global state that each job has for itself, beside torch's and Python's.
+    """
+    group = _Group(jobs, (*OWN, *own))
+    group.begin(at_once)
+    try:
+        group.wait()
+    except BaseException:
+        group.stop = True
+        group.wait()
+        raise
+    finally:
+        group.finish()
+    if group.fault is not None:
+        raise group.fault
+    return [group.results[number] for number in range(len(jobs))]
+
+
+def shared() -> bool:
+    """Whether the calling thread is one of several runs that take turns."""
+    return _mine.group is not None
+
+
+def pass_on() -> None:
+    """Let the others have a turn each. To be called between steps, with nothing half done that is global."""
+    if _mine.group is not None:
+        _mine.group.pass_on(_mine.run)
+
+
+@contextmanager
+def aside() -> Iterator[None]:
+    """Let the others work during the block, which waits for something and touches neither torch nor its device."""
+    if _mine.group is None:
+        yield
+    else:
+        with _mine.group.aside(_mine.run):
+            yield
+
+
+def settle(device: torch.device) -> None:
+    """Wait until ``device`` has done what the calling run has given it; meanwhile the others have their turns.
+
+    It asks and does not block, for a CUDA graph must not be captured while another thread waits for the device.
+    """
+    if device.type != "cuda":
+        return
+    import torch
+
+    done = torch.cuda.Event()
+    done.record(torch.cuda.current_stream(device))
+    while not done.query():
+        if _mine.group is None or not _mine.group.pass_on(_mine.run):
+            done.synchronize()
+
+
+def own_stream(device: torch.device) -> None:
+    """Give the calling run a CUDA stream of its own, if it takes turns with others, for as long as its thread lives.
+
+    Before its first work on ``device``: what one stream has made, another may not simply use.
+    """
+    if device.type == "cuda" and _mine.group is not None:
+        import torch
+
+        torch.cuda.set_stream(torch.cuda.Stream(device))
