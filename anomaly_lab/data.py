@@ -21,6 +21,15 @@ from anomaly_lab.detector import Batch, Detector
 from anomaly_lab.splits import Partition, Split
 
 STRETCH_SECONDS = 0.2
+"""About how long Lightning is not asked between training steps."""
+
+AT_ONCE = 1000
+"""Images of a whole set that are prepared in one go; each step of it holds a copy of them in float32."""
+
+
+def scored_at_once(device: torch.device) -> int:
+    """Images in a batch of scoring unless the user says otherwise: what a CPU's caches hold, or what fills a GPU."""
+    return 100 if device.type == "cpu" else 1000
 
 
 @dataclass(frozen=True)
@@ -162,7 +171,7 @@ class OneClassData(LightningDataModule):
         images: a data set, from one of the readers of `anomaly_lab.datasets`.
         split: a protocol of `anomaly_lab.splits`.
         named: the class the protocol names, by name or zero-based index.
-        batch_size: images in a training batch. score_batch_size: images scored at once.
+        batch_size: images in a training batch. score_batch_size: images scored at once; None: `scored_at_once`.
         epoch_steps: an epoch has at least so many steps: smaller training sets are passed several times, each time in
             a new order, so that an epoch means about the same on 50 images as on 5000.
         seed: of the partition (unless ``split.seed`` is set) and of the order of training images, which in epoch e
@@ -179,7 +188,7 @@ class OneClassData(LightningDataModule):
         *,
         batch_size: int,
         epoch_steps: int = 1,
-        score_batch_size: int = 500,
+        score_batch_size: int | None = None,
         seed: int = 0,
         watch_test: bool = False,
     ) -> None:
@@ -228,12 +237,18 @@ class OneClassData(LightningDataModule):
     def prepared(self, name: Literal["train", "val", "test"], positions: Sequence[int] | None = None) -> Tensor:
         """The prepared images of one part (or those at ``positions`` of it), float32 (N,C,S,S), on the CPU."""
         pixels, _, _ = self.part(name, torch.device("cpu"))
-        return self.prepare(pixels if positions is None else pixels[list(positions)])
+        return self._prepared(pixels if positions is None else pixels[list(positions)], torch.device("cpu"))
+
+    def _prepared(self, pixels: Tensor, device: torch.device) -> Tensor:
+        x = torch.empty(len(pixels), *self.image_shape, device=device)  # (N,C,S,S)
+        for start in range(0, len(pixels), AT_ONCE):
+            x[start : start + AT_ONCE] = self.prepare(pixels[start : start + AT_ONCE].to(device))
+        return x
 
     def training_set(self, device: torch.device) -> Batch:
         """All training images prepared, in their order, on ``device``."""
         pixels, truth, index = self.part("train", device)
-        return Batch(self.prepare(pixels.to(device)), truth.to(device), index.to(device))
+        return Batch(self._prepared(pixels, device), truth.to(device), index.to(device))
 
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
@@ -292,4 +307,5 @@ class OneClassData(LightningDataModule):
         return [self._in_order("val"), self._in_order("test")]
 
     def _in_order(self, name: Literal["val", "test"]) -> Loader:
-        return Loader(*self.part(name, self._device()), self.prepare, self._score_batch_size, self._device())
+        device = self._device()
+        return Loader(*self.part(name, device), self.prepare, self._score_batch_size or scored_at_once(device), device)

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from anomaly_lab.data import Prepare
     from anomaly_lab.detector import Detector
 
-BATCH = 256
+FILES_AT_ONCE = 256
 
 
 @dataclass(frozen=True)
@@ -130,6 +130,8 @@ class FittedDetector:
         """float32 (B,C',S,S) on the device."""
         import torch
 
+        from anomaly_lab.data import scored_at_once
+
         images = np.asarray(images)
         shape = self.stored_shape
         if images.ndim == 3 and shape[0] == 1:
@@ -143,8 +145,9 @@ class FittedDetector:
                 f"this run wants uint8 images of {grey}(N,{height},{width},{channels}) or {('N', *shape)}, "
                 f"not {images.dtype} {images.shape}; read() brings image files there".replace("'", "")
             )
-        for start in range(0, len(images), BATCH):
-            pixels = torch.from_numpy(np.ascontiguousarray(images[start : start + BATCH]))
+        at_once = scored_at_once(self.device)
+        for start in range(0, len(images), at_once):
+            pixels = torch.from_numpy(np.ascontiguousarray(images[start : start + at_once]))
             yield self.prepare(pixels.to(self.device))
 
 
@@ -273,8 +276,8 @@ def _score_files(fitted: FittedDetector, files: Sequence[Path], out: Path, heat_
     from anomaly_lab.files import write_whole
 
     rows = [("image", "score", "decision")]
-    for start in range(0, len(files), BATCH):
-        some = files[start : start + BATCH]
+    for start in range(0, len(files), FILES_AT_ONCE):
+        some = files[start : start + FILES_AT_ONCE]
         images = fitted.read(some)
         scores = fitted.score(images)
         decided = fitted._decisions(images, scores)

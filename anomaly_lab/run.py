@@ -37,7 +37,7 @@ from tqdm import tqdm
 
 from anomaly_lab import config, figures, metrics, tracking, turns
 from anomaly_lab.capture import Capture
-from anomaly_lab.data import OneClassData, Prepare
+from anomaly_lab.data import OneClassData, Prepare, scored_at_once
 from anomaly_lab.detector import Detector, Diverged
 from anomaly_lab.files import remove_parts, write_whole
 
@@ -394,11 +394,12 @@ def _too_large(cfg: DictConfig) -> str:
         free, total = (value / 2**20 for value in torch.cuda.mem_get_info())
         memory = f"; {total:.0f} MB in all, {free:.0f} MB of them free now"
     fewer = "lower hydra.launcher.models, " if turns.shared() else ""
+    scored = cfg.trainer.score_batch_size or scored_at_once(torch.device("cuda" if memory else "cpu"))
     return (
         f"out of memory with model.batch_size={cfg.model.batch_size} and "
-        f"trainer.score_batch_size={cfg.trainer.score_batch_size}{memory}: {fewer}free the device of other "
-        "processes, lower trainer.score_batch_size where scoring failed (it changes no result), or model.batch_size or "
-        "the networks' width (which makes another run)"
+        f"trainer.score_batch_size={scored}{memory}: {fewer}free the device of other processes, lower "
+        "trainer.score_batch_size where scoring failed (it changes no result), or model.batch_size or the networks' "
+        "width (which makes another run)"
     )
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from anomaly_lab.data import Loader, OneClassData, Prepare, Stretches
+from anomaly_lab.data import AT_ONCE, Loader, OneClassData, Prepare, Stretches, scored_at_once
 from anomaly_lab.datasets import Images
 from anomaly_lab.detector import Batch
 from anomaly_lab.splits import Pooled
@@ -133,3 +133,19 @@ def test_held_out_normals_come_before_the_test_images() -> None:
     assert torch.cat([batch.y for batch in test]).tolist() == data.partition.test_truth.tolist()
     assert len(data.val_dataloader()) == 1, "in training the test images are looked at on request only"
     assert data.prepared("test", [1, 0]).shape == (2, 1, 32, 32)
+
+
+@pytest.mark.parametrize("size", [32, 20])
+def test_a_whole_set_is_prepared_in_parts_to_the_same_bits(size: int) -> None:
+    data = OneClassData(images(1600), Pooled(), "zero", Prepare(size=size), batch_size=8)
+    stored, _, _ = data.part("train", CPU)
+    assert len(stored) > AT_ONCE and len(stored) % AT_ONCE, "more than one part, and a rest"
+    assert torch.equal(data.prepared("train"), data.prepare(stored))
+    assert torch.equal(data.training_set(CPU).x, data.prepare(stored))
+
+
+def test_images_are_scored_in_the_batches_of_the_device_or_the_users() -> None:
+    for given, expected in ((None, scored_at_once(CPU)), (7, 7)):
+        data = OneClassData(images(400), Pooled(), "zero", Prepare(), batch_size=8, score_batch_size=given)
+        _, test = data.test_dataloader()
+        assert len(next(iter(test)).x) == expected
