@@ -2,7 +2,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak lint format clean
+.PHONY: help install demo test soak bench bench-gpu lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -25,6 +25,17 @@ test: install ## run the tests; real data in ANOMALY_LAB_DATA and a GPU are used
 
 soak: install ## kill sweeps 60 times and compare what they end with: docs/soak.md (a quarter of an hour)
 	$(BIN)/python tests/soak.py --kills 60 --commands 6 --out docs/soak.json --page docs/soak.md
+
+bench: $(BIN)/.bench ## measure speed on this CPU against other loops and packages: benchmarks/README.md (half an hour)
+	$(BIN)/python -m benchmarks cpu
+
+bench-gpu: $(BIN)/.bench ## the same on this machine's GPU (a quarter of an hour)
+	$(BIN)/python -m benchmarks gpu
+
+# A stamp of its own: nothing else needs the packages that are compared with.
+$(BIN)/.bench: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	touch $@
 
 lint: install ## ruff and mypy
 	$(BIN)/ruff check .

@@ -129,6 +129,7 @@ class Detector(LightningModule, ABC):
         """Of the last epoch, as far as this process knows one."""
         self._fit_finished = False
         self._first_losses: dict[str, float] = {}
+        self._owned: dict[str, list[nn.Parameter]] = {}  # what each optimiser moves: walking the networks takes time
         self._stretch: Stretch | None = None
         self._further: Iterator[Tensor] = iter(())  # of the present step
         self._means: dict[str, tuple[Tensor, Tensor]] = {}  # sum and number, which stay where they are in memory
@@ -257,13 +258,15 @@ class Detector(LightningModule, ABC):
 
     def configure_optimizers(self) -> Any:
         optimizers: list[Optimizer] = []
+        self._owned.clear()
         for player in self.players():
             factory = self._optimizer
             if isinstance(factory, Mapping):
                 if player not in factory:
                     raise ValueError(f"model.optimizer has no entry for the player {player}: give one for each player")
                 factory = factory[player]
-            optimizers.append(factory(self.player_parameters(player)))
+            self._owned[player] = self.player_parameters(player)
+            optimizers.append(factory(self._owned[player]))
         if self._scheduler is None:
             return optimizers or None
         return optimizers, [self._scheduler(optimizer) for optimizer in optimizers]
@@ -302,9 +305,10 @@ class Detector(LightningModule, ABC):
         the published USAD loop.
         """
         gradients = {}
-        self.zero_grad(set_to_none=True)
         for position, (player, loss) in enumerate(losses.items()):
-            parameters = self.player_parameters(player)
+            parameters = self._owned.get(player) or self.player_parameters(player)
+            for parameter in parameters:
+                parameter.grad = None
             loss.backward(inputs=parameters, retain_graph=position < len(losses) - 1)
             gradients[player] = [(parameter, parameter.grad) for parameter in parameters]
             for parameter in parameters:

@@ -221,6 +221,8 @@ def make_detector(cfg: DictConfig, image_shape: Sequence[int]) -> Detector:
         raise ValueError(f"model={cfg.choices.model}: model.detector._target_ must name a subclass of Detector")
     optimizer, scheduler = (instantiate(cfg.model[key], _convert_="all") for key in ("optimizer", "scheduler"))
     detector.optimise_with(optimizer, scheduler, cfg.model.clip)
+    if cfg.trainer.channels_last:
+        detector.to(memory_format=torch.channels_last)
     detector.plan(_stages(cfg))
     return detector
 

@@ -72,7 +72,11 @@ def rate(runs: Sequence[Ends]) -> float:
     start, end = max(ends[0][0] for ends in runs), min(ends[-1][0] for ends in runs)
     if start >= end:
         raise ValueError("the runs were not trained side by side: give them more epochs")
-    images = sum(float(np.diff(np.interp([start, end], *zip(*ends, strict=True)))[0]) for ends in runs)
+    images = 0.0
+    for ends in runs:
+        clock, seen = np.array(ends).T
+        first, last = np.interp([start, end], clock, seen)
+        images += float(last - first)
     return images / (end - start)
 
 

@@ -59,6 +59,7 @@ def test_what_can_change_a_result_makes_another_run(override: str) -> None:
         "trainer.score_batch_size=7",
         "trainer.checkpoint_every=2",
         "trainer.capture=true",
+        "trainer.channels_last=true",
     ],
 )
 def test_what_cannot_change_a_result_is_the_same_run(override: str) -> None:

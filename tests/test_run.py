@@ -22,7 +22,7 @@ from omegaconf import DictConfig
 from anomaly_lab import config, metrics
 from anomaly_lab.detector import Diverged
 from anomaly_lab.files import write_whole
-from anomaly_lab.run import run, stream
+from anomaly_lab.run import make_detector, run, stream
 
 TINY = ["model.budget.epochs=4", "model.budget.epoch_steps=3", "model.detector.width=4", "trainer.progress=false"]
 
@@ -102,6 +102,20 @@ def test_the_checkpoint_holds_tensors_and_plain_values_only(
     assert checkpoint["anomaly_lab"]["history"] == finished[1]["history"]
 
 
+def test_another_layout_of_weights_changes_the_order_of_sums_and_nothing_else(tmp_path: Path) -> None:
+    found = []
+    for layout in ("false", "true"):
+        cfg = tiny(
+            tmp_path / layout, "model=ganomaly_small", "model.budget.epochs=1", f"trainer.channels_last={layout}"
+        )
+        detector = make_detector(cfg, (1, 32, 32))
+        last = detector.encoder[2].weight.is_contiguous(memory_format=torch.channels_last)
+        assert last is (layout == "true")
+        run(cfg)
+        found.append(scores(cfg)["score"])
+    np.testing.assert_allclose(found[1], found[0], rtol=0.02)
+
+
 def test_checkpoints_can_be_written_every_so_many_epochs_and_change_nothing(tmp_path: Path) -> None:
     """Three steps an epoch, a checkpoint after the second and the fourth."""
     rare = "trainer.checkpoint_every=2"
@@ -131,12 +145,13 @@ def comparable(history: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
 
 
+@pytest.mark.parametrize("layout", ["trainer.channels_last=false", "trainer.channels_last=true"])
 @pytest.mark.parametrize("model", ["shared_ae_small", "autoencoder_small"])
-def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, model: str) -> None:
+def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, model: str, layout: str) -> None:
     whole, weights = Weights(), Weights()
-    straight = tiny(tmp_path / "straight", f"model={model}")
+    straight = tiny(tmp_path / "straight", f"model={model}", layout)
     undisturbed = run(straight, [whole])
-    broken = tiny(tmp_path / "broken", f"model={model}")
+    broken = tiny(tmp_path / "broken", f"model={model}", layout)
     for after in (8, 2):  # in the middle of epoch 3, then again in the resumed epoch 3
         with pytest.raises(RuntimeError, match="stopped"):
             run(broken, [Stop(after)])

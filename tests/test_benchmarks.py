@@ -1,0 +1,287 @@
+"""The benchmarks' loops have the lab's losses, step by step, and what they measure is what they say."""
+
+from __future__ import annotations
+
+import functools
+import json
+import sys
+import types
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from lightning import Callback, LightningModule, Trainer
+from omegaconf import DictConfig, OmegaConf
+from test_methods import SHRINK
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+import benchmarks
+from anomaly_lab import config, run
+from anomaly_lab.data import OneClassData
+from anomaly_lab.detector import Batch, Detector
+from benchmarks import __main__ as main
+from benchmarks import choices, compare, peers, training
+from benchmarks.bare import LOOPS, PASSES, Bare
+from benchmarks.published import Published
+
+STEPS, EPOCHS = 3, 2
+CPU = torch.device("cpu")
+
+
+def tiny(model: str) -> DictConfig:
+    """Two short epochs, in which shared autoencoders change their weights and PIAD chooses its gammas."""
+    plain = config.compose([f"model={model}"])
+    smaller = [f"{key}={value}" for key, value in SHRINK.items() if OmegaConf.select(plain, key) is not None]
+    if "gamma_every" in plain.model.detector:
+        smaller.append("model.detector.gamma_every=2")
+    return training.compose(model, STEPS, EPOCHS, *smaller)
+
+
+class Witness(Callback):
+    """Keeps which images each step of the lab saw, and the losses of its moves.
+
+    In double precision: in single, sums taken in another order tip the signs that L1 losses and Adam go by, and after a
+    few steps the same algorithm differs by some 1e-6.
+    """
+
+    def __init__(self) -> None:
+        self.batches: list[Batch] = []
+        self.further: list[Batch] = []
+        self.epochs: list[int] = []
+        self.losses: list[float] = []
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Detector)
+        pl_module.double()
+        plays, next_batch, score = pl_module.plays, pl_module.next_batch, pl_module.score
+
+        def watched_plays(batch: Batch) -> Iterator[Mapping[str, Tensor]]:
+            self.batches.append(batch)
+            self.epochs.append(int(pl_module.epoch))
+            for losses in plays(batch._replace(x=batch.x.double())):
+                self.losses += [loss.item() for loss in losses.values()]
+                yield losses
+
+        def watched_next_batch() -> Batch:
+            self.further.append(next_batch())
+            return self.further[-1]._replace(x=self.further[-1].x.double())
+
+        pl_module.plays, pl_module.next_batch = watched_plays, watched_next_batch  # type: ignore[method-assign]
+        pl_module.score = lambda x: score(x.double())  # type: ignore[method-assign]
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        trainer.should_stop = len(self.batches) == STEPS * EPOCHS
+
+
+def positions(batches: Iterable[Batch], data: OneClassData) -> list[Tensor]:
+    """Where the images of each batch stand among the training images, (B,) each."""
+    where = torch.full((len(data.images.pixels),), -1)
+    where[torch.from_numpy(data.partition.train)] = torch.arange(len(data.partition.train))
+    return [where[batch.index.cpu()] for batch in batches]
+
+
+@functools.cache
+def witnessed(model: str) -> Witness:
+    witness = Witness()
+    training.fit(tiny(model), witness)
+    assert len(witness.batches) == STEPS * EPOCHS
+    return witness
+
+
+def bare_losses(model: str, cfg: DictConfig, spoil: Callable[[Bare], None] = lambda bare: None) -> list[float]:
+    """The bare loop's losses over the images that the lab saw."""
+    witness, data = witnessed(model), run.make_data(cfg)
+    bare = Bare(model, cfg, data, CPU)
+    bare.images, _ = bare.images.double(), bare.detector.double()
+    spoil(bare)
+    batches, further = positions(witness.batches, data), positions(witness.further, data)
+    rounds = len(further) // len(batches)
+    found = []
+    for number, (chosen, epoch) in enumerate(zip(batches, witness.epochs, strict=True)):
+        for losses in bare.train([chosen], further[number * rounds : (number + 1) * rounds], epoch):
+            found += [loss.item() for loss in losses]
+    return found
+
+
+@pytest.mark.parametrize("model", LOOPS)
+def test_the_bare_loop_has_the_labs_losses_step_by_step(model: str) -> None:
+    witness = witnessed(model)
+    found = bare_losses(model, tiny(model))
+    assert len(witness.losses) >= STEPS * EPOCHS and witness.epochs == [1, 1, 1, 2, 2, 2]
+    torch.testing.assert_close(found, witness.losses, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("model", LOOPS)
+def test_a_bare_loop_that_trains_otherwise_would_be_noticed(model: str) -> None:
+    witness = witnessed(model)
+    for player in run.make_detector(tiny(model), (1, 32, 32)).players():
+
+        def hold(bare: Bare, player: str = player) -> None:
+            bare.optimizers[player].param_groups[0]["lr"] = 0.0
+
+        with pytest.raises(AssertionError, match="not close"):
+            found = bare_losses(model, tiny(model), hold)
+            torch.testing.assert_close(found, witness.losses, rtol=1e-9, atol=1e-12)
+
+
+def test_every_method_that_learns_has_a_bare_loop_and_its_saved_passes_are_said() -> None:
+    assert set(PASSES) == set(LOOPS)
+    variants = {"shared_ae_printed", "piad", "piad_cifar10", "piad_coil100", "piad_pixel_l1_cifar10"}  # same step
+    variants |= {"piad_squeezenet_cifar10", "autoencoder_beggel_fashion", "itsr_fashion"}
+    models = {path.stem for path in (config.CONFIG_DIR / "model").glob("*.yaml") if not path.stem.endswith("_small")}
+    assert {model for model in models - variants if run.make_detector(tiny(model), (1, 32, 32)).players()} == set(LOOPS)
+
+
+def test_the_published_loop_has_the_labs_losses() -> None:
+    """It sees the same images and computes the same losses by twice as many passes of the discriminator."""
+    cfg, witness = tiny("ganomaly"), witnessed("ganomaly")
+    data = run.make_data(cfg)
+    published = Published(cfg, data, CPU)
+    for network in (published.encoder, published.decoder, published.encoder2, published.netd):
+        network.double()
+    published.images, published.input = published.images.double(), published.input.double()
+    published.real_label, published.fake_label = published.real_label.double(), published.fake_label.double()
+    chosen = torch.cat(positions(witness.batches, data))
+    passes = []
+    published.netd.register_forward_hook(lambda *_: passes.append(1))
+    ordered = DataLoader(TensorDataset(published.images[chosen], chosen), batch_size=cfg.model.batch_size)
+    found = [loss.item() for losses in published.train(ordered) for loss in losses]
+    torch.testing.assert_close(found, witness.losses, rtol=1e-9, atol=1e-12)
+    assert len(passes) == 4 * STEPS * EPOCHS
+
+
+def test_the_published_loader_shuffles_whole_batches() -> None:
+    cfg = tiny("ganomaly")
+    published = Published(cfg, run.make_data(cfg), CPU)
+    chosen = torch.arange(100)
+    batches = list(published.loader(chosen))
+    assert [len(images) for images, _ in batches] == [64]
+    assert not torch.equal(batches[0][0], published.images[chosen[:64]])
+
+
+def test_throughputs_are_compared_pair_by_pair() -> None:
+    ours = [compare.Cost(1.0, 2.0).per(10), compare.Cost(2.0, 4.0).per(10)]
+    theirs = [compare.Cost(3.0, 2.0).per(10), compare.Cost(6.0, 4.0).per(10)]
+    found = compare.contest(ours, theirs)
+    assert found["pairs"] == 2
+    assert found["ratio_cpu"] == {"median": 3.0, "low": 3.0, "high": 3.0}
+    assert found["ratio_wall"]["median"] == 1.0
+    assert found["ours_per_cpu_second"]["median"] == 7.5
+
+
+def test_the_labs_training_is_measured_against_both_loops() -> None:
+    rows = training.against_loops("ganomaly_small", "model.detector.width=4", pairs=2, seconds=0.01)
+    assert [row["against"] for row in rows] == ["bare", "published"]
+    for row in rows:
+        assert row["size"] == "small" and row["pairs"] == 2 and row["steps"] >= 3
+        assert 0.05 < row["ratio_cpu"]["low"] <= row["ratio_cpu"]["high"] < 20
+    assert rows[0]["ours_per_second"] == rows[1]["ours_per_second"]
+    json.dumps(rows, allow_nan=False)
+
+
+def test_a_baseline_is_not_slowed_by_the_deterministic_algorithms_of_a_run() -> None:
+    seen: list[Any] = []
+    watch = training.Stopwatch(1, [lambda: seen.append(torch.are_deterministic_algorithms_enabled())])
+    training.fit(tiny("autoencoder_beggel"), watch)
+    assert seen == [False, False] and len(watch.own) == len(watch.theirs[0]) == 1
+
+
+def test_images_are_stored_at_the_size_of_known_data_sets() -> None:
+    data = run.make_data(training.compose("aae", 5, 1, stored=(32, 3)))
+    assert data.images.pixels.shape == (1797, 3, 32, 32)
+    assert data.steps == 5
+    assert data.images.pixels.max() == 255 and data.images.pixels.std() > 50
+
+
+# Packages that are compared with ------------------------------------------------------------------------------------
+
+
+def test_pyods_network_and_ours_are_the_same() -> None:
+    pytest.importorskip("pyod", reason=f"pyod is not installed: {peers.INSTALL}")
+    cfg = peers.fully_connected([12, 5], batch_size=16, steps=3, epochs=2)
+    data = run.make_data(cfg)
+    ours = run.make_detector(cfg, data.image_shape)
+    costs, theirs = peers.pyod_epochs(cfg, data.prepared("train").flatten(1).numpy(), epochs=2)
+    assert len(costs) == 2 and all(cost.cpu > 0 for cost in costs)
+    assert [p.shape for p in ours.parameters()] == [p.shape for p in theirs.parameters()]
+    with torch.no_grad():
+        network = ours.eval().get_submodule("network")
+        for own, other in zip(network.state_dict().items(), theirs.state_dict().items(), strict=True):
+            assert own[0].rpartition(".")[2] == other[0].rpartition(".")[2]
+            own[1].copy_(other[1])
+        x = data.prepared("val")
+        torch.testing.assert_close(network(x).flatten(1), theirs.eval()(x.flatten(1)))
+
+
+def test_the_lab_is_measured_beside_pyod() -> None:
+    pytest.importorskip("pyod", reason=f"pyod is not installed: {peers.INSTALL}")
+    row = peers.against_pyod([8, 4], batch_size=16, steps=3, pairs=1)
+    assert row["hidden"] == [8, 4] and row["pairs"] == 1 and row["ratio_cpu"]["median"] > 0
+
+
+def test_the_lab_is_measured_beside_anomalib() -> None:
+    pytest.importorskip("anomalib", reason=f"anomalib is not installed: {peers.INSTALL}")
+    row = peers.against_anomalib("ganomaly_small", "model.detector.width=4", steps=3, pairs=1)
+    assert row["batch_size"] == 64 and row["ratio_cpu"]["median"] > 0
+
+
+def test_a_missing_package_is_one_line_that_says_how_to_get_it(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(peers, "missing", lambda package: True)
+    rows = peers.measure("cpu", quick=True)
+    assert [row["missing"] for row in rows] == capsys.readouterr().out.splitlines()
+    assert all("pip install 'anomaly-lab[bench]'" in row["missing"] for row in rows)
+
+
+# Choices ------------------------------------------------------------------------------------------------------------
+
+
+def test_every_choice_is_measured_beside_the_default() -> None:
+    rows = choices.vary("ganomaly_small", "model.detector.width=4", pairs=1, seconds=0.01, compiled=False)
+    first, *others = rows
+    assert first["setting"].startswith("default: contiguous, Adam for-loop")
+    found = {row["setting"]: row for row in others}
+    assert {"channels_last", "Adam foreach", "Adam fused", "deterministic algorithms, memory filled"} <= set(found)
+    assert found["deterministic algorithms, memory not filled"]["difference"] == 0.0
+    assert all(row["difference"] < 1e-3 and row["ms_cpu"]["median"] > 0 for row in others)
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+def test_networks_change_their_layout() -> None:
+    made = run.make_detector(tiny("piad_pixel_l1"), (1, 32, 32))
+    assert choices.is_channels_last(made)
+    choices.turn_layout(made)
+    assert not choices.is_channels_last(made)
+
+
+def test_a_difference_of_losses_is_relative_and_nothing_where_they_are_equal() -> None:
+    assert choices.difference([1.0, -2.0], [1.0, -2.0]) == 0.0
+    assert choices.difference([1.0, -2.0], [1.0, -2.5]) == 0.25
+
+
+# The command --------------------------------------------------------------------------------------------------------
+
+
+def test_a_section_measured_alone_leaves_the_others_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in main.SECTIONS:
+        measured = types.SimpleNamespace(measure=lambda device, quick, name=name: [{"name": name, "quick": quick}])
+        monkeypatch.setitem(sys.modules, f"benchmarks.{name}", measured)
+    written: list[Path] = []
+    page = types.SimpleNamespace(write=written.append)
+    monkeypatch.setitem(sys.modules, "benchmarks.page", page)
+    monkeypatch.setattr(benchmarks, "page", page, raising=False)
+    for arguments in (["cpu", "--quick"], ["cpu", "--only", "peers"]):
+        monkeypatch.setattr(sys, "argv", ["benchmarks", *arguments, "--out", str(tmp_path)])
+        main.main()
+    content = json.loads((tmp_path / "cpu.json").read_text())
+    assert set(content) == {"header", *main.SECTIONS}
+    assert content["peers"] == [{"name": "peers", "quick": False}]
+    assert content["training"] == [{"name": "training", "quick": True}]
+    assert content["header"]["measured"]["training"]["quick"] and content["header"]["threads"] > 0
+    assert written == [tmp_path, tmp_path]
