@@ -233,6 +233,8 @@ def _show(line: str, file: IO[str]) -> None:
     """A line about one run, between the progress bars of those beside it."""
     bars = sys.modules.get("tqdm") if sys.stderr.isatty() else None  # there are none before its import
     with bars.tqdm.external_write_mode(file) if bars else nullcontext():
+        if bars:
+            print(end="\r", file=sys.stderr, flush=True)  # a bar that was not the first leaves the cursor at its end
         print(line, file=file, flush=True)
 
 

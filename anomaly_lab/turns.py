@@ -239,7 +239,7 @@ def shared() -> bool:
 
 
 def pass_on() -> None:
-    """Let the others have a turn each. To be called between steps, with nothing half done that is global."""
+    """Let the others have a turn each. To be called between steps, never within one that is captured as a graph."""
     if _mine.group is not None:
         _mine.group.pass_on(_mine.run)
 

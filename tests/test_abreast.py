@@ -26,6 +26,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from anomaly_lab import cli, config, turns
+from anomaly_lab.capture import Capture
 from anomaly_lab.methods.shared_autoencoder import EncoderDecoderEncoder
 from anomaly_lab.run import load_checkpoint, run
 
@@ -99,26 +100,33 @@ def alone(tmp_path_factory: pytest.TempPathFactory, data: Path) -> list[dict[str
     return [made(cfg) for cfg in cfgs]
 
 
+@pytest.fixture
+def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The names of the threads that give their turn away, in that order."""
+    order: list[str] = []
+    real = turns.pass_on
+
+    def pass_on() -> None:
+        order.append(threading.current_thread().name)
+        real()
+
+    monkeypatch.setattr(turns, "pass_on", pass_on)
+    return order
+
+
 # Runs ---------------------------------------------------------------------------------------------------------------
 
 
 def test_runs_abreast_are_those_alone_to_the_bit_and_take_turns_step_by_step(
-    tmp_path: Path, data: Path, alone: list[dict[str, bytes]], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, data: Path, alone: list[dict[str, bytes]], recorded: list[str]
 ) -> None:
-    order: list[str] = []
-    real = turns.pass_on
-
-    def recorded() -> None:
-        order.append(threading.current_thread().name)
-        real()
-
-    monkeypatch.setattr(turns, "pass_on", recorded)
     before = torch.get_rng_state(), torch.get_float32_matmul_precision(), warnings.filters
     cfgs = [tiny(tmp_path, data, words) for words in SINGLE]
     results = turns.take([partial(run, cfg) for cfg in cfgs], at_once=4)
     for cfg, result, expected in zip(cfgs, results, alone, strict=True):
         assert result is not None and result["identity"] == config.identity(cfg)
         assert made(cfg) == expected
+    order = recorded
     assert order[: 4 * STEPS] == [f"run {number}" for number in range(4)] * STEPS
     assert order.index("run 4") > min(order[::-1].index(f"run {number}") for number in range(4)), "no place is free"
     after = torch.get_rng_state(), torch.get_float32_matmul_precision(), warnings.filters
@@ -132,6 +140,45 @@ def test_without_random_streams_of_their_own_runs_would_disturb_each_other(
     cfgs = [tiny(tmp_path, data, SINGLE[number]) for number in (1, 4)]
     turns.take([partial(run, cfg) for cfg in cfgs], at_once=2)
     assert made(cfgs[0]) != alone[1]
+
+
+class Again:
+    """A graph without a GPU: a replay computes the step again. Nobody else may have a turn in any of its parts."""
+
+    handed_over: list[str]
+
+    def __init__(self, noise: torch.Generator) -> None:
+        self._step: Callable[[], None] | None = None
+        self.replayed = 0
+
+    def warm_up(self, step: Callable[[], None]) -> None:
+        before = len(self.handed_over)
+        step()
+        assert len(self.handed_over) == before
+
+    def capture(self, step: Callable[[], None]) -> None:
+        self._step = step
+
+    def replay(self) -> None:
+        assert self._step is not None
+        self.warm_up(self._step)
+        self.replayed += 1
+
+
+def test_captured_steps_take_turns_as_whole_steps(
+    tmp_path: Path, data: Path, alone: list[dict[str, bytes]], recorded: list[str]
+) -> None:
+    Again.handed_over = recorded
+    graphs: list[Again] = []
+
+    def made_one(noise: torch.Generator) -> Again:
+        graphs.append(Again(noise))
+        return graphs[-1]
+
+    cfgs = [tiny(tmp_path, data, SINGLE[number]) for number in (1, 2, 4)]
+    turns.take([partial(run, cfg, [Capture(made_one)]) for cfg in cfgs], at_once=3)
+    assert [made(cfg) for cfg in cfgs] == [alone[number] for number in (1, 2, 4)]
+    assert sum(graph.replayed for graph in graphs) >= 3 * STEPS
 
 
 class Watched(Callback):
