@@ -343,7 +343,16 @@ def _device(trainer: Trainer) -> tuple[str, float]:
     device = trainer.strategy.root_device
     if device.type == "cuda":
         return torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device) / 2**20
-    return device.type, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+    return device.type, peak_memory()
+
+
+def peak_memory() -> float:
+    """Most memory that this process has held, in MB: what it was before its program was loaded is not its own."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**10
+    except (OSError, StopIteration):  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 
 def run(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> dict[str, Any] | None:

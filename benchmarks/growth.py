@@ -1,7 +1,7 @@
 """Time and memory of a whole run against the number of images, their size, and the runs of one process.
 
 Each point is a run of the lab in a process of its own, from import to written figures, so that its peak of resident
-memory (``peak_mb``, the kernel's ru_maxrss) is its own. Counted in ``seconds``: training alone, of one epoch, as the
+memory (``peak_mb``, the kernel's VmHWM) is its own. Counted in ``seconds``: training alone, of one epoch, as the
 run records it. The peak includes torch itself, which a first row without any run shows; on a GPU ``device_mb`` is the
 peak of tensors there.
 
@@ -88,21 +88,19 @@ def _process(device: str, jobs: list[list[str]]) -> dict[str, Any]:
     """Make runs in a new process: what the last one recorded, and the memory it took."""
     given = json.dumps([[*job, "logger=none", f"trainer.accelerator={device}"] for job in jobs])
     with tempfile.TemporaryFile("w+") as out, tempfile.TemporaryFile("w+") as errors:
-        child = subprocess.Popen([sys.executable, "-m", "benchmarks.growth", given], stdout=out, stderr=errors)
-        _, status, usage = os.wait4(child.pid, 0)  # the usage of this child alone
-        child.returncode = os.waitstatus_to_exitcode(status)
+        code = subprocess.call([sys.executable, "-m", "benchmarks.growth", given], stdout=out, stderr=errors)
         out.seek(0)
         errors.seek(0)
-        if child.returncode:
+        if code:
             raise RuntimeError(f"a run for benchmarks.growth failed:\n{errors.read()[-2000:]}")
         found: dict[str, Any] = json.loads(out.read().splitlines()[-1])
-    return found | {"peak_mb": usage.ru_maxrss / 2**10}
+    return found
 
 
 def _runs(jobs: list[list[str]]) -> dict[str, Any]:
     """In the new process: make the runs, and look at what it holds after each."""
     from anomaly_lab import config
-    from anomaly_lab.run import run
+    from anomaly_lab.run import peak_memory, run
 
     resident, result = [], None
     for job in jobs:
@@ -110,12 +108,13 @@ def _runs(jobs: list[list[str]]) -> dict[str, Any]:
         assert result is not None, "somebody else makes this run"
         with open("/proc/self/statm") as file:
             resident.append(int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 2**20)
+    held: dict[str, Any] = {"resident_mb": resident, "peak_mb": peak_memory()}
     if result is None:
-        return {"resident_mb": resident}
+        return held
     seconds, images = result["seconds"]["fit"], result["partition"]["train"]
     own = {"images": images, "seconds": seconds, "images_per_second": result["images_per_second"]}
     on_gpu = {} if result["device"] == "cpu" else {"device_mb": result["peak_memory_mb"]}
-    return own | on_gpu | {"resident_mb": resident}
+    return own | on_gpu | held
 
 
 if __name__ == "__main__":

@@ -117,7 +117,7 @@ def _described(environment: str) -> str:
     launchers = {"hydra_joblib_launcher": "parallel", "hydra_submitit_launcher": "slurm"}
     launchers |= {"hydra_optuna_sweeper": "optuna", "wandb_workspaces": "dashboard"}
     there = [extra for package, extra in launchers.items() if _installed(package)]
-    return f"with the extras of this environment: {', '.join(there) or 'none'}"
+    return f"extras: {', '.join(there) or 'none'}"
 
 
 def _installed(package: str) -> bool:
