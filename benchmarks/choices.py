@@ -9,8 +9,10 @@ difference of a loss from the default's in the first steps, as a share of that l
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -121,8 +123,17 @@ def turn_layout(detector: nn.Module) -> None:
     detector.to(memory_format=torch.contiguous_format if last else torch.channels_last)
 
 
+@functools.cache
+def empty_cache() -> tempfile.TemporaryDirectory[str]:
+    """What earlier processes have compiled, or were killed at, does not count."""
+    folder = tempfile.TemporaryDirectory(prefix="anomaly-lab-compiled-")
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = folder.name
+    return folder
+
+
 def compile_each(detector: nn.Module) -> None:
     """torch.compile for each network by itself, as `detector.players` lists them."""
+    empty_cache()
     networks = {id(network): network for owned in detector.players().values() for network in owned}  # type: ignore[operator]
     for network in networks.values():
         network.compile(dynamic=False)
