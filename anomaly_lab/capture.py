@@ -52,7 +52,10 @@ class CUDAGraph:
     """
 
     def __init__(self, noise: torch.Generator) -> None:
-        self._graph, self._stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+        # A run that takes turns with others has a stream of its own already; the default one cannot be captured.
+        current = torch.cuda.current_stream()
+        own = current != torch.cuda.default_stream()
+        self._graph, self._stream = torch.cuda.CUDAGraph(), current if own else torch.cuda.Stream()
         self._graph.register_generator_state(noise)
 
     def warm_up(self, step: Callable[[], None]) -> None:
@@ -63,8 +66,14 @@ class CUDAGraph:
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def capture(self, step: Callable[[], None]) -> None:
-        with torch.cuda.graph(self._graph, stream=self._stream):
-            step()
+        # cuBLAS keeps a workspace by stream, and Lightning frees those of the whole process wherever a run begins or
+        # ends. What this step works in has to be made, and has to stay, in the graph's own memory.
+        torch._C._cuda_clearCublasWorkspaces()
+        try:
+            with torch.cuda.graph(self._graph, stream=self._stream):
+                step()
+        finally:
+            torch._C._cuda_clearCublasWorkspaces()
 
     def replay(self) -> None:
         self._graph.replay()
@@ -93,6 +102,9 @@ class Capture(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         cast("Detector", pl_module).capture = self
 
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self.on_fit_end(trainer, pl_module)
+
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._forget()  # and its memory with it
         cast("Detector", pl_module).capture = None
@@ -104,7 +116,7 @@ class Capture(Callback):
             for group in optimizer.param_groups
         ]
         tensors = [*pl_module.parameters(), *pl_module.buffers()]
-        fits = (repr(settings), tuple(tensor.data_ptr() for tensor in tensors))
+        fits = (repr(settings), [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors])
         if fits != self._fits:
             self._forget()
         self._fits = fits
@@ -130,7 +142,6 @@ class Capture(Callback):
         for place, value in zip(self._static, new, strict=True):
             place.copy_(value)
         if not self._captured:
-            torch.clear_autocast_cache()  # a replay has to make its own half-precision copies of the weights
             self._graph.capture(lambda: detector.play(self._static[0], iter(self._static[1:])))
             self._captured = True
         self._graph.replay()
@@ -146,11 +157,17 @@ def place_step_counts(optimizers: Iterable[Optimizer], *, capturable: bool) -> N
     """Let the step counts of ``optimizers`` lie where a graph can count, or where it is cheaper to count without one.
 
     A checkpoint says how it was for the run that wrote it, which may have been the other way.
+
+    Raises:
+        ValueError: an optimiser counts where no graph can.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if "capturable" not in group:
-                continue  # it has no count
+                if capturable and not isinstance(optimizer, torch.optim.SGD):  # which counts nothing
+                    name = type(optimizer).__name__
+                    raise ValueError(f"trainer.capture=true cannot capture {name}: take Adam, RMSprop or SGD, or false")
+                continue
             group["capturable"] = capturable
             for parameter in group["params"]:
                 state = optimizer.state.get(parameter, {})

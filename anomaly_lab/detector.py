@@ -132,6 +132,7 @@ class Detector(LightningModule, ABC):
         self._owned: dict[str, list[nn.Parameter]] = {}  # what each optimiser moves: walking the networks takes time
         self._stretch: Stretch | None = None
         self._further: Iterator[Tensor] = iter(())  # of the present step
+        self._further_of_epoch: Iterator[Tensor] = iter(())
         self._means: dict[str, tuple[Tensor, Tensor]] = {}  # sum and number, which stay where they are in memory
         self._first: dict[str, Tensor] = {}
         self._fitted: set[str] = set()
@@ -323,9 +324,6 @@ class Detector(LightningModule, ABC):
             optimizers[player].step()
             for parameter, _ in pairs:
                 parameter.grad = None
-        # Autocast keeps its half-precision copies of weights until it ends, which is after the last play: the next one
-        # would see the weights of before this move.
-        torch.clear_autocast_cache()
 
     def record(self, name: str, value: Tensor) -> None:
         """Add ``value`` (a scalar) to the epoch's mean of ``name``; read once an epoch, so the device never waits."""
@@ -422,6 +420,7 @@ class Detector(LightningModule, ABC):
         place_step_counts(self.trainer.optimizers, capturable=capturable)
 
     def on_train_epoch_end(self) -> None:
+        turns.settle(self.device)  # before values are asked for, which would wait without letting others work
         row: dict[str, float] = {"epoch": int(self.epochs_done) + 1}
         row |= self.epoch_means()
         row["seconds"] = self._seconds

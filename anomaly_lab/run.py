@@ -138,6 +138,7 @@ class _Progress(Callback):
         steps = trainer.datamodule.steps  # type: ignore[attr-defined]
         screen = sys.stderr.isatty()
         self._bar = tqdm(
+            initial=int(pl_module.steps_done),
             total=trainer.max_epochs * steps,
             desc=self._title,
             unit="step",
@@ -145,7 +146,6 @@ class _Progress(Callback):
             position=None if screen else 0,  # bars of several runs: one below the other, but not in a log file
             leave=not turns.shared(),  # their place is needed again, and the line of the result says it all
         )
-        self._bar.update(pl_module.step)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         assert isinstance(pl_module, Detector)
@@ -495,6 +495,7 @@ def _make(
             detector.before_fit(data.prepared("train").to(device))
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+        warnings.filterwarnings("ignore", message=".*constructed with capturable=True.*")  # the steps before a capture
         warnings.filterwarnings("ignore", message=".*`training_step` returned `None`.*|.*log_every_n_steps.*")
         trainer.fit(detector.train(), datamodule=data, ckpt_path=checkpoint, weights_only=True)
         assert int(detector.epochs_done) == trainer.max_epochs, "a half-trained detector must not be scored"

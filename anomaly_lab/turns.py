@@ -138,11 +138,14 @@ class _Group:
             pass
         except BaseException as error:  # jobs record the failures of runs; this ends all of them
             self.fault, self.stop = self.fault or error, True
-        with self._mutex:
-            self._alive -= 1
-            if self._left and not self.stop:
-                self._next_job()
-            over = not self._alive
+        try:
+            with self._mutex:
+                self._alive -= 1
+                if self._left and not self.stop:
+                    self._next_job()
+        except BaseException as error:  # no thread can be started any more
+            self.fault, self.stop, self._alive = self.fault or error, True, self._alive - 1
+        over = not self._alive
         self._leave()
         if over:
             self._over.set()

@@ -63,7 +63,6 @@ class _Epochs(Callback):
         self._ends = ends
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # After validation, which has waited for the device: reading the counter waits no more.
         self._ends.append((time.perf_counter(), int(pl_module.images_seen)))  # type: ignore[arg-type]
 
 

@@ -132,9 +132,11 @@ def make_bare(cfg: DictConfig, method: str, **adam: bool) -> tuple[Bare, list[to
     """The bare loop, and the positions of the images of its first epoch: of the batches, and of the further ones."""
     data = run.make_data(cfg)
     bare = Bare(method, cfg, data, torch.device(cfg.trainer.accelerator), **adam)
-    batches = data.training().positions
+    device = bare.images.device
+    batches = [positions.to(device) for positions in data.training().positions]
     rounds = getattr(bare.detector, "critic_rounds", 0)
-    return bare, batches, list(islice(data.further_positions(), rounds * len(batches)))
+    further = islice(data.further_positions(), rounds * len(batches))
+    return bare, batches, [positions.to(device) for positions in further]
 
 
 def against_loops(

@@ -246,7 +246,7 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
     def weights(self, batch: Batch) -> Tensor:
         # Not torch.isin, which on a GPU sorts, and waits for how many are left.
         repelled = (batch.index[:, None] == self.repelled_index).any(1)  # (B,)
-        return torch.where(repelled, self.w_anomaly, 1.0)
+        return super().weights(batch).masked_fill(repelled, self.w_anomaly)
 
     def _weighted(self, w: Tensor, term: Tensor) -> Tensor:
         capped = term.squeeze(1)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from anomaly_lab import turns
 from anomaly_lab.detector import Batch, Detector
 from anomaly_lab.networks import DCGANDecoder, DCGANDiscriminator, DCGANEncoder, init_dcgan
 
@@ -102,9 +103,10 @@ class GANomaly(Detector):
         for name, term in (("loss_adv", adv), ("loss_con", con), ("loss_enc", enc)):
             self.record(name, term)
         self.collapsed.copy_(loss_d.detach() < COLLAPSED_DISCRIMINATOR)
-        self.record("discriminator_resets", self.collapsed)
+        self.record("discriminator_resets", self.collapsed.clone())
 
     def after_step(self) -> None:
+        turns.settle(self.device)  # the one method that waits for every step; other runs work meanwhile
         if self.collapsed:
             self.discriminator.apply(functools.partial(init_dcgan, generator=self.noise))
 
