@@ -528,7 +528,8 @@ def test_the_benchmark_runs(data: Path, monkeypatch: pytest.MonkeyPatch) -> None
     from benchmarks import abreast
 
     monkeypatch.setenv("ANOMALY_LAB_DATA", str(data))
-    one, two = abreast.measure("cpu", True)
+    (row,) = abreast.measure("cpu", True)["rows"]
+    assert (row["way"], row["models"]) == ("abreast", 2) and 0 < row["hand_over_us"] < 10_000
+    one, two = abreast._ways(abreast.TINY, "cpu", "shared_ae", "32-true")
     assert (one["way"], two["way"], two["models"]) == ("one after another", "abreast", 2)
     assert one["ratio"] == 1 and one["images_per_second"] > 0 and two["images_per_second"] > 0
-    assert 0 < two["hand_over_us"] < 10_000
