@@ -160,7 +160,7 @@ def _ways(plan: Plan, device: str, model: str, precision: str) -> list[dict[str,
 
 def _mps() -> bool:
     """Whether NVIDIA's multi-process service is running here."""
-    return Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", "/tmp/nvidia-mps"), "control").exists()
+    return Path(os.environ.get("CUDA_MPS_PIPE_DIRECTORY", f"{tempfile.gettempdir()}/nvidia-mps"), "control").exists()
 
 
 def _train(cfg: DictConfig, ends: Ends) -> None:
