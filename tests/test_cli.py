@@ -66,7 +66,7 @@ def lab(
         ("model=typo", "there is no model=typo: choose among aae, "),
         ("-m seed=0,1 model=ede,typo", "there is no model=typo: choose among"),
         ("experiment=typo", "there is no experiment=typo: choose among akcay2018,"),
-        ("hydra/launcher=typo", "there is no hydra/launcher=typo: choose among basic"),
+        ("hydra/launcher=typo", "there is no hydra/launcher=typo: choose among abreast, basic"),
         ("typo=1", "typo cannot be set"),
         ("model.detector.widht=1", "model.detector.widht cannot be set"),
         ("seed", "seed is no key=value"),
