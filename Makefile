@@ -29,7 +29,7 @@ soak: install ## kill sweeps 60 times and compare what they end with: docs/soak.
 bench: $(BIN)/.bench ## measure speed on this CPU against other loops and packages: benchmarks/README.md (half an hour)
 	$(BIN)/python -m benchmarks cpu
 
-bench-gpu: $(BIN)/.bench ## the same on this machine's GPU (a quarter of an hour)
+bench-gpu: $(BIN)/.bench ## the same on this machine's GPU (never timed so far)
 	$(BIN)/python -m benchmarks gpu
 
 # A stamp of its own: nothing else needs the packages that are compared with.

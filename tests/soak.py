@@ -253,7 +253,7 @@ def folders(place: Place) -> list[Path]:
 def soak(
     kills: int, commands: Sequence[str], seed: int, keep: Path | None, note: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Disturb sweeps until there were so many ``kills``; the figures, which ``note`` gets after every sweep too."""
+    """Disturb sweeps until there were so many ``kills`` and an interrupt; the figures, which ``note`` gets after every sweep too."""
     chance, started = random.Random(seed), time.monotonic()
     systems = [Path(tempfile.mkdtemp(prefix="soak-", dir=keep)), Path(tempfile.mkdtemp(prefix="soak-", dir="/dev/shm"))]
     undisturbed = Place(systems[0] / "undisturbed", systems[1])
@@ -270,12 +270,16 @@ def soak(
     kinds = itertools.cycle(["a random moment", *AIMED, "a random moment", "a file being written", "Ctrl-C"])
     left_commands = list(commands)
 
-    while figures["kills"].total() < kills or left_commands:
+    def enough() -> bool:
+        """A Ctrl-C at a random moment may find its sweep already over, so it is waited for until one has not."""
+        return figures["kills"].total() >= kills and not left_commands and figures["interrupts"] > 0
+
+    while not enough():
         home, tmp = systems if figures["sweeps"] % 2 == 0 else reversed(systems)
         place = Place(home / f"sweep{figures['sweeps']}", tmp)
         place.home.mkdir()
         for _ in range(5):
-            if figures["kills"].total() >= kills and not left_commands:
+            if enough():
                 break
             if left_commands:
                 kind = left_commands.pop()

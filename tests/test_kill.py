@@ -14,7 +14,6 @@ SOAK = Path(__file__).parent / "soak.py"
 
 
 @pytest.mark.slow
-@pytest.mark.flaky(reruns=2)  # the moments are random: none may have been an interrupt
 def test_a_sweep_killed_at_any_moment_ends_with_the_same_bits(tmp_path: Path) -> None:
     if not os.path.isdir("/dev/shm"):
         pytest.skip("no /dev/shm: a second file system is needed")
