@@ -253,7 +253,7 @@ def folders(place: Place) -> list[Path]:
 def soak(
     kills: int, commands: Sequence[str], seed: int, keep: Path | None, note: Callable[[dict[str, Any]], None]
 ) -> dict[str, Any]:
-    """Disturb sweeps until there were so many ``kills`` and an interrupt; the figures, which ``note`` gets after every sweep too."""
+    """Disturb sweeps until there were so many ``kills`` and an interrupt; the figures, noted after every sweep too."""
     chance, started = random.Random(seed), time.monotonic()
     systems = [Path(tempfile.mkdtemp(prefix="soak-", dir=keep)), Path(tempfile.mkdtemp(prefix="soak-", dir="/dev/shm"))]
     undisturbed = Place(systems[0] / "undisturbed", systems[1])
