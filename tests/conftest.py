@@ -1,12 +1,20 @@
-"""What all tests share: the real data's folder, and hypothesis without deadlines (the machines are slow and noisy)."""
+"""What all tests share: the real data's folder, the command in this process, hypothesis without deadlines (the machines
+are slow and noisy)."""
 
 from __future__ import annotations
 
+import logging
 import os
+import shlex
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple
 
 import hypothesis
 import pytest
+
+from anomaly_lab import cli
 
 hypothesis.settings.register_profile("unhurried", deadline=None)
 hypothesis.settings.load_profile("unhurried")
@@ -19,3 +27,44 @@ def data_dir() -> Path:
     if not folder or not Path(folder).is_dir():
         pytest.skip("no real data: set ANOMALY_LAB_DATA to a folder with the data sets")
     return Path(folder)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder for data sets that a module's tests decode once."""
+    return tmp_path_factory.mktemp("data")
+
+
+class Said(NamedTuple):
+    """How a command ended and what it printed."""
+
+    code: int
+    out: str
+    err: str
+
+
+Command = Callable[[str], Said]
+
+
+@pytest.fixture
+def lab(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> Iterator[Command]:
+    """``anomaly-lab`` in this process (every other one would import torch anew), in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ANOMALY_LAB_DATA", str(data))
+    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it; put back afterwards
+    root = logging.getLogger()
+    handlers, level = root.handlers[:], root.level
+
+    def command(words: str) -> Said:
+        monkeypatch.setattr(sys, "argv", ["anomaly-lab", *shlex.split(words)])
+        try:
+            cli.train()
+            code = 0
+        except SystemExit as end:
+            code = end.code if isinstance(end.code, int) else 0
+        return Said(code, *capfd.readouterr())
+
+    yield command
+    root.handlers[:], root.level = handlers, level  # Hydra's write to a screen that is gone

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import shlex
 import signal
@@ -15,12 +14,13 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import Command
 from lightning import Callback
 from omegaconf import DictConfig
 from torch import Tensor
@@ -50,11 +50,6 @@ SINGLE = [
     "model=aae_small model.detector.width=8 model.detector.critic_width=8 normal_class=1",  # noise of its own
     f"{DROPPED} normal_class=5 seed=3 trainer.precision=bf16-mixed",
 ]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data")
 
 
 @pytest.fixture(autouse=True)
@@ -227,37 +222,10 @@ def test_on_a_gpu_each_run_has_a_stream_and_its_results_are_those_alone(tmp_path
 # The command --------------------------------------------------------------------------------------------------------
 
 
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[[str], Said]
-
-
 @pytest.fixture
-def lab(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Command]:
-    """``anomaly-lab -m hydra/launcher=abreast`` in this process, in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ANOMALY_LAB_DATA", str(data))
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it; put back afterwards
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-
-    def command(words: str) -> Said:
-        monkeypatch.setattr(sys, "argv", ["anomaly-lab", "-m", "hydra/launcher=abreast", *shlex.split(words)])
-        code = 0
-        try:
-            cli.train()
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0
-        return Said(code, *capfd.readouterr())
-
-    yield command
-    root.handlers[:], root.level = handlers, level  # Hydra's write to a screen that is gone
+def lab(lab: Command) -> Command:
+    """``anomaly-lab -m hydra/launcher=abreast``."""
+    return lambda words: lab(f"-m hydra/launcher=abreast {words}")
 
 
 def written(folder: Path) -> dict[str, int]:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import logging
-import shlex
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import Command, Said
 from lightning import Callback
 from omegaconf import DictConfig
 
@@ -24,11 +23,6 @@ from anomaly_lab.run import OutOfMemory, load_checkpoint, run
 TINY = (
     "model.budget.epochs=4 model.budget.epoch_steps=1 model.detector.width=4 trainer.progress=false trainer.threads=1"
 )
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data")
 
 
 def tiny(runs: Path, data: Path, *overrides: str) -> DictConfig:
@@ -70,36 +64,16 @@ def stopped(runs: Path, data: Path) -> tuple[DictConfig, Path]:
     return cfg, config.run_dir(cfg) / "last.ckpt"
 
 
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
 @pytest.fixture
-def lab(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Callable[[str], Said]]:
-    """``anomaly-lab`` in this process, in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ANOMALY_LAB_DATA", str(data))
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it; put back afterwards
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
+def lab(lab: Command, capfd: pytest.CaptureFixture[str]) -> Command:
+    """``anomaly-lab`` for runs of a second, without Lightning's hint about srun."""
 
     def command(words: str) -> Said:
-        monkeypatch.setattr(sys, "argv", ["anomaly-lab", *shlex.split(words), *TINY.split()])
         capfd.readouterr()
-        try:
-            cli.train()
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0
-        out, err = capfd.readouterr()
-        return Said(code, out, "".join(line for line in err.splitlines(True) if "srun" not in line))
+        said = lab(f"{words} {TINY}")
+        return said._replace(err="".join(line for line in said.err.splitlines(True) if "srun" not in line))
 
-    yield command
-    root.handlers[:], root.level = handlers, level  # Hydra's write to a screen that is gone
+    return command
 
 
 def mounted(target: Path, *words: str) -> Path:
@@ -142,7 +116,7 @@ def test_a_full_disk_leaves_the_old_checkpoint_whole_and_the_run_resumable(
     assert scores(cfg) == scores(undisturbed)
 
 
-def test_a_full_disk_is_one_line_that_says_what_to_do(lab: Callable[[str], Said], small_disk: Path) -> None:
+def test_a_full_disk_is_one_line_that_says_what_to_do(lab: Command, small_disk: Path) -> None:
     runs = small_disk / "runs"
     runs.mkdir()
     filler = fill(small_disk)
@@ -156,7 +130,7 @@ def test_a_full_disk_is_one_line_that_says_what_to_do(lab: Callable[[str], Said]
 
 
 def test_a_sweep_whose_disk_fills_in_the_middle_keeps_what_is_done_and_goes_on_later(
-    lab: Callable[[str], Said], small_disk: Path, monkeypatch: pytest.MonkeyPatch
+    lab: Command, small_disk: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import anomaly_lab.run as module
 
@@ -177,9 +151,7 @@ def test_a_sweep_whose_disk_fills_in_the_middle_keeps_what_is_done_and_goes_on_l
     assert not list(small_disk.rglob("*.part")) and not list(small_disk.rglob(".sweep-*"))
 
 
-def test_a_read_only_folder_is_one_line_and_what_is_done_there_is_still_read(
-    lab: Callable[[str], Said], tmp_path: Path
-) -> None:
+def test_a_read_only_folder_is_one_line_and_what_is_done_there_is_still_read(lab: Command, tmp_path: Path) -> None:
     assert lab("runs=written").code == 0
     target = mounted(tmp_path / "mount", "--bind", str(tmp_path / "written"))
     try:
@@ -231,9 +203,7 @@ def test_a_flipped_bit_in_a_finished_run_is_not_scored_with(tmp_path: Path, data
         load_run(config.run_dir(cfg))
 
 
-def test_a_data_cache_damaged_since_is_one_line_and_nothing_is_trained_on_it(
-    lab: Callable[[str], Said], tmp_path: Path
-) -> None:
+def test_a_data_cache_damaged_since_is_one_line_and_nothing_is_trained_on_it(lab: Command, tmp_path: Path) -> None:
     assert lab("data_dir=mine").code == 0
     cache = tmp_path / "mine/digits.npz"
     cache.write_bytes(flipped(cache.read_bytes()))
@@ -281,7 +251,7 @@ def test_too_little_memory_names_batch_size_and_memory(
 
 
 def test_one_run_out_of_memory_is_a_failure_and_the_sweep_goes_on(
-    lab: Callable[[str], Said], monkeypatch: pytest.MonkeyPatch
+    lab: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from anomaly_lab.methods.shared_autoencoder import SharedAutoencoder
 

@@ -3,61 +3,21 @@
 from __future__ import annotations
 
 import json
-import logging
 import os
 import re
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 import pytest
+from conftest import Command, Said
 
 from anomaly_lab import cli, config
 
 TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 trainer.progress=false"
-
-
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[[str], Said]
-
-
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("data")
-
-
-@pytest.fixture
-def lab(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Command]:
-    """``anomaly-lab`` in this process (every other one would import torch anew), in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ANOMALY_LAB_DATA", str(data))
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it; put back afterwards
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-
-    def command(words: str) -> Said:
-        monkeypatch.setattr(sys, "argv", ["anomaly-lab", *shlex.split(words)])
-        try:
-            cli.train()
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0
-        return Said(code, *capfd.readouterr())
-
-    yield command
-    root.handlers[:], root.level = handlers, level  # Hydra's write to a screen that is gone
 
 
 @pytest.mark.parametrize(
@@ -407,9 +367,7 @@ def test_a_worker_that_is_killed_takes_no_other_run_along(tmp_path: Path, data: 
 
 
 @pytest.fixture
-def lab_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[[str], Said]:
+def lab_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Command:
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("ANOMALY_LAB_DATA", raising=False)
 

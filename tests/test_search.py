@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import json
-import logging
-import shlex
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import yaml
+from conftest import Command
 from omegaconf import DictConfig
 
 from anomaly_lab import cli
@@ -20,35 +17,10 @@ TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 
 SEARCH = "-m hydra/sweeper=optuna_normals hydra.sweeper.n_trials=4 'model.optimizer.lr=tag(log,interval(1e-4,1e-2))'"
 
 
-class Said(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-Command = Callable[[str], Said]
-
-
 @pytest.fixture
-def lab(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Iterator[Command]:
-    """``anomaly-lab`` in this process, in a folder of its own."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ANOMALY_LAB_DATA", str(tmp_path / "data"))
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it; put back afterwards
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
-
-    def command(words: str) -> Said:
-        monkeypatch.setattr(sys, "argv", ["anomaly-lab", *shlex.split(words), *TINY.split()])
-        try:
-            cli.train()
-            code = 0
-        except SystemExit as end:
-            code = end.code if isinstance(end.code, int) else 0
-        return Said(code, *capfd.readouterr())
-
-    yield command
-    root.handlers[:], root.level = handlers, level  # Hydra's write to a screen that is gone
+def lab(lab: Command) -> Command:
+    """``anomaly-lab`` for runs of a second."""
+    return lambda words: lab(f"{words} {TINY}")
 
 
 def needs_optuna() -> None:
