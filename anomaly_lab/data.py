@@ -17,7 +17,7 @@ from lightning import LightningDataModule
 from torch import Tensor
 
 from anomaly_lab.datasets import Images
-from anomaly_lab.detector import Batch, Detector
+from anomaly_lab.detector import Batch, Detector, Stretch
 from anomaly_lab.splits import Partition, Split
 
 STRETCH_SECONDS = 0.2
@@ -142,13 +142,6 @@ class Loader:
         return map(self.batch, self.positions)
 
 
-class Stretch:
-    """Some consecutive steps of an epoch, for `Detector.training_step`."""
-
-    def __init__(self, loader: Loader, positions: Sequence[Tensor]) -> None:
-        self.batch, self.positions = loader.batch, positions
-
-
 class Stretches:
     """An epoch in stretches of ``steps`` steps, the last one shorter."""
 
@@ -161,7 +154,7 @@ class Stretches:
     def __iter__(self) -> Iterator[Stretch]:
         positions = self._loader.positions
         for start in range(0, len(positions), self._steps):
-            yield Stretch(self._loader, positions[start : start + self._steps])
+            yield Stretch(positions[start : start + self._steps], self._loader.batch)
 
 
 class OneClassData(LightningDataModule):

@@ -9,7 +9,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning import LightningModule
@@ -42,15 +42,16 @@ class Batch(NamedTuple):
     index: Tensor  # type: ignore[assignment]  # int64 (B,); hides tuple.index, which nobody needs of a batch
 
 
-class Stretch(Protocol):
-    """Some steps of an epoch, one after another: what Lightning calls a batch, so that its own work is done once."""
+class Stretch:
+    """Some steps of an epoch, one after another: what Lightning calls a batch, so that its own work is done once.
 
-    positions: Sequence[Tensor]
-    """Of each step, the places (B,) of its images among the training images, where those lie."""
+    Args:
+        positions: of each step, the places (B,) of its images among the training images, where those lie.
+        batch: makes the prepared images at such places, on the device.
+    """
 
-    def batch(self, positions: Tensor) -> Batch:
-        """The prepared images at ``positions`` (B,), on the device."""
-        ...
+    def __init__(self, positions: Sequence[Tensor], batch: Callable[[Tensor], Batch]) -> None:
+        self.positions, self.batch = positions, batch  # no tuple: Lightning would look into it for what to move
 
 
 class Diverged(ValueError):
