@@ -276,7 +276,6 @@ def make_trainer(
         reload_dataloaders_every_n_epochs=1,  # a loader is one epoch's order, and epochs may differ in length
         logger=logger,
         default_root_dir=out,
-        deterministic="warn",
         inference_mode=False,  # a score may need gradients (AnoGAN's search in latent space)
         num_sanity_val_steps=0,
         enable_progress_bar=False,
@@ -292,17 +291,19 @@ def make_trainer(
 
 @contextmanager
 def numerics(precision: str) -> Iterator[None]:
-    """The global switches of a run's precision, set back afterwards: ``trainer.precision`` and determinism.
+    """The global switches of a run's numbers, set back afterwards: ``trainer.precision`` and deterministic algorithms.
 
-    Deterministic algorithms fill all new memory with NaN, lest its content be used: a pass over every tensor, of which
-    these kernels overwrite every number anyway.
+    Where an operation has no deterministic algorithm, torch warns. All new memory would be filled with NaN, lest its
+    content be used: a pass over every tensor, of which these kernels overwrite every number anyway.
     """
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may sum in another order each time
     filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.use_deterministic_algorithms(True, warn_only=True)
     try:
         yield
     finally:

@@ -13,11 +13,24 @@ from typing import NamedTuple
 
 import hypothesis
 import pytest
+import torch
 
 from anomaly_lab import cli
 
 hypothesis.settings.register_profile("unhurried", deadline=None)
 hypothesis.settings.load_profile("unhurried")
+
+
+@pytest.fixture(autouse=True)
+def _global_switches_are_left_as_found() -> Iterator[None]:
+    """What one test leaves switched on, another would measure."""
+
+    def switches() -> tuple[object, ...]:
+        return torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
+
+    before = switches()
+    yield
+    assert switches() == before
 
 
 @pytest.fixture(scope="session")

@@ -63,6 +63,17 @@ def test_the_runs_own_test_images_get_the_scores_that_the_run_wrote(made, fitted
     np.testing.assert_allclose(score, made.score, rtol=1e-5, atol=1e-7)
 
 
+def test_scores_are_computed_with_the_switches_of_the_run_and_leave_none_behind(made, fitted, monkeypatch) -> None:
+    seen = []
+    monkeypatch.setattr(
+        fitted.detector,
+        "score",
+        lambda x: seen.append(torch.are_deterministic_algorithms_enabled()) or x.mean((1, 2, 3)),
+    )
+    fitted.score(made.images[:3])
+    assert seen == [True] and not torch.are_deterministic_algorithms_enabled()
+
+
 def test_decisions_are_those_that_the_runs_metrics_count(made, fitted) -> None:
     decided = fitted.decide(made.images[made.index])
     assert decided.dtype == np.bool_
