@@ -36,6 +36,37 @@ class Gaussian(Detector):
         return (x - self.get_buffer("mean")).abs().flatten(1).mean(1)
 
 
+class Searching(Detector):
+    """A score by optimisation at test time, as AnoGAN's: the best code of every image, found by gradient steps."""
+
+    STEPS = 5
+
+    def __init__(self, image_shape: Sequence[int]) -> None:
+        super().__init__(image_shape)
+        self.decoder = nn.Linear(4, 1024)
+        self.passes = 0
+
+    def players(self) -> Mapping[str, Sequence[nn.Module]]:
+        return {"decoder": [self.decoder]}
+
+    def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
+        yield {"decoder": self.errors(torch.zeros(len(batch.x), 4), batch.x).mean()}
+
+    def errors(self, z: Tensor, x: Tensor) -> Tensor:
+        self.passes += 1
+        return (self.decoder(z) - x.flatten(1)).square().mean(1)
+
+    def score(self, x: Tensor) -> Tensor:
+        z = x.new_zeros(len(x), 4, requires_grad=True)
+        search = torch.optim.SGD([z], lr=1.0)
+        for _ in range(self.STEPS):
+            with torch.enable_grad():
+                loss = self.errors(z, x).sum()  # a sum: no image's gradient depends on how many others there are
+            (z.grad,) = torch.autograd.grad(loss, [z])
+            search.step()
+        return self.errors(z, x)
+
+
 class Noisy(Detector):
     """Two players, each with an optimiser of its own, noise in the loss, and every second image left out."""
 
@@ -113,6 +144,22 @@ def test_a_method_without_gradients_fits_the_contract(data: OneClassData, tmp_pa
     other.load_state_dict(checkpoint["state_dict"])
     x = data.prepared("test")
     assert torch.equal(other.score(x), detector.score(x))
+
+
+def test_a_search_for_every_image_at_test_time_runs_in_batches(data: OneClassData, tmp_path: Path) -> None:
+    detector, run = Searching(data.image_shape), trainer(tmp_path, 1)
+    detector.finish_fit(lambda: data.prepared("train"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        run.test(detector, data, verbose=False)
+    assert detector.passes == (Searching.STEPS + 1) * sum(len(loader) for loader in data.test_dataloader())
+    x, score = data.prepared("test"), detector.scores_of("test")[0]
+    with torch.no_grad():
+        start = detector.errors(torch.zeros(len(x), 4), x)
+        alone = torch.cat([detector.score(one[None]) for one in x[:5]])
+    assert (score < start).all(), "the search got nearer to every image"
+    torch.testing.assert_close(score[:5], alone, rtol=1e-5, atol=1e-7)
+    assert all(p.grad is None for p in detector.parameters()) and not score.requires_grad
 
 
 def test_players_have_their_own_optimisers_and_schedules(data: OneClassData, tmp_path: Path) -> None:
