@@ -33,7 +33,6 @@ def header(device: str) -> dict[str, Any]:
     found = {name: _version(name) for name in PACKAGES}
     about: dict[str, Any] = {
         "cpu": _cpu(),
-        "threads": torch.get_num_threads(),
         "versions": {"python": platform.python_version()} | {k: v for k, v in found.items() if v is not None},
     }
     if device == "gpu":
@@ -84,6 +83,7 @@ def main() -> None:
         measured[name] = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - started),
+            "threads": torch.get_num_threads(),
             "quick": given.quick,
             "git_sha": code["sha"],
             "dirty": code["dirty"],

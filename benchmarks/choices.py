@@ -150,10 +150,14 @@ def settings(default: Bare, adam: str) -> Iterator[tuple[str, dict[str, Any]]]:
     every = len(os.sched_getaffinity(0))
     other = 1 if torch.get_num_threads() > 1 else every
     if other != torch.get_num_threads():
-        yield f"{other} thread{'s' if other > 1 else ''}", {"under": lambda: threads(other)}
+        yield _threads(other), {"under": lambda: threads(other)}
     yield "deterministic algorithms, memory filled", {"under": lambda: deterministic(fill=True)}
     yield "deterministic algorithms, memory not filled", {"under": lambda: deterministic(fill=False)}
     yield "torch.compile of each network", {"change": compile_each}
+
+
+def _threads(count: int) -> str:
+    return f"{count} thread{'s' * (count > 1)}"
 
 
 def difference(a: list[float], b: list[float]) -> float:
@@ -197,7 +201,7 @@ def vary(
             row["compile_seconds"] = round(contestant.first_seconds, 1)
             torch.compiler.reset()
         rows.append(row)
-    named = f"default: {layout}, Adam {adam}, {torch.get_num_threads()} threads"
+    named = f"default: {layout}, Adam {adam}, {_threads(torch.get_num_threads())}"
     first = about | {"setting": named} | _milliseconds(every) | {"difference": 0.0}
     return [first | {"ratio_wall": quartiles([1.0]), "ratio_cpu": quartiles([1.0])}, *rows]
 

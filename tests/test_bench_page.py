@@ -24,9 +24,8 @@ def measured() -> dict[str, Any]:
     return {
         "header": {
             "cpu": "2 × a slow one",
-            "threads": 2,
             "versions": {"torch": "2.14.1", "python": "3.11"},
-            "measured": {"training": {"date": "2026-11-25", "quick": False, "git_sha": "0123456789ab"}},
+            "measured": {"training": {"date": "2026-11-25", "threads": 2, "quick": False, "git_sha": "0123456789ab"}},
         },
         "machine": {
             "rows": [
@@ -85,11 +84,13 @@ def test_every_section_has_a_table_with_its_note() -> None:
     titles = [line.removeprefix("### ") for line in text.splitlines() if line.startswith("### ")]
     expected = ("machine", "training", "scoring", "counts", "growth")
     assert titles == [title for name, title in page.TITLES.items() if name in expected] + ["later"]
-    assert "The best of 9." in text and "- threads: 2" in text and "- versions: torch 2.14.1, python 3.11" in text
+    assert (
+        "The best of 9." in text and "- cpu: 2 × a slow one" in text and "- versions: torch 2.14.1, python 3.11" in text
+    )
     assert "| ganomaly | bare | 0.988 [0.97, 1] |" in text, "the median and its quartiles"
     assert "- `ganomaly`: D runs twice, not four times." in text and "| passes" not in text
     assert "| a section nobody \\| thought of | 3 | 64, 32 | – |" in text
-    assert "| training | 2026-11-25 | no | 0123456789ab |" in text and "**Image size**" in text
+    assert "| training | 2026-11-25 | 2 | no | 0123456789ab |" in text and "**Image size**" in text
 
 
 def test_a_number_that_changes_changes_the_page() -> None:

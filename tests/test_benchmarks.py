@@ -283,5 +283,7 @@ def test_a_section_measured_alone_leaves_the_others_as_they_are(
     assert set(content) == {"header", *main.SECTIONS}
     assert content["peers"] == [{"name": "peers", "quick": False}]
     assert content["training"] == [{"name": "training", "quick": True}]
-    assert content["header"]["measured"]["training"]["quick"] and content["header"]["threads"] > 0
+    assert content["header"]["measured"]["training"]["quick"] and all(
+        about["threads"] == torch.get_num_threads() for about in content["header"]["measured"].values()
+    )
     assert written == [tmp_path, tmp_path]
