@@ -340,7 +340,7 @@ class _Notice:
         if not preempted and self._version() == self._before:
             limit = known.get("TimeLimit")
             raise ValueError(
-                f"no epoch was done within the job's time limit of {limit}: give hydra.launcher.timeout_min=..."
+                f"no checkpoint was written within the job's time limit of {limit}: give hydra.launcher.timeout_min=..."
             )
         requeued = _scontrol("requeue", job)
         if requeued.returncode:

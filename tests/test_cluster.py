@@ -454,7 +454,7 @@ def test_a_time_limit_without_an_epoch_is_a_failure(
     monkeypatch.delenv("SLURM_ARRAY_JOB_ID", raising=False)
     program("scontrol", f'[ "$1" = show ] && echo "{RUNNING}=None"')
     (tmp_path / "last.ckpt").touch()  # of an earlier attempt
-    with pytest.raises(ValueError, match="no epoch was done within the job's time limit of 00:10:00"):
+    with pytest.raises(ValueError, match="no checkpoint was written within the job's time limit of 00:10:00"):
         _Notice(tmp_path)(signal.SIGUSR2, None)
 
 
