@@ -82,6 +82,7 @@ COLUMNS: dict[str, type | str] = {
     "oracle_shuffled_auroc": float,
     "oracle_sorted_auroc": float,
     "set_aside": _TEXT,
+    "earlier_code": _TEXT,
 }
 _METRICS = (
     *(
@@ -252,6 +253,7 @@ def _row(folder: Path, path: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
         identity, measured, git = result["identity"], result["metrics"], result.get("git") or {}
         model = (result.get("config") or {}).get("model") or {}
         seconds = [value for value in (result.get("seconds") or {}).values() if value is not None]
+        earlier = result.get("earlier_code") or []
         row = {
             **{key: str(identity[key]) for key in ("model", "dataset", "split")},
             **{key: int(identity[key]) for key in ("normal_class", "seed")},
@@ -259,7 +261,7 @@ def _row(folder: Path, path: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
             "epochs": int(result["epochs"]),
             "images_per_second": _number(result.get("images_per_second")),
             "git_sha": str(git.get("sha") or "")[:12],
-            "dirty": bool(git.get("dirty")),
+            "dirty": any(code.get("dirty") for code in (git, *earlier)),
             "changed": _compact(identity["changed"]),
             "class_name": str(result["class_name"]),
             "role": str(result.get("role") or "normal"),
@@ -282,6 +284,8 @@ def _row(folder: Path, path: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
                 for kind in ("seen", "unseen")
             },
             "set_aside": json.dumps(result["set_aside"], separators=(",", ":")) if result.get("set_aside") else "",
+            # What trained the run's first epochs, where that was not the commit that finished it.
+            "earlier_code": " ".join(dict.fromkeys((code.get("sha") or "unknown")[:12] for code in earlier)),
         }
         if row["auroc"] is None:
             raise ValueError("no AUROC in it")
@@ -1116,6 +1120,10 @@ def _provenance(frame: pd.DataFrame) -> str:
     devices = ", ".join(sorted({device or "unknown" for device in frame["device"]}))
     hours = frame["seconds"].sum() / 3600
     text = f"{len(frame)} run{'s' if len(frame) > 1 else ''}, {hours:.1f} hours in all, on {devices}; code {shas}"
+    resumed = [sha for shas in frame["earlier_code"] for sha in shas.split()]
+    if resumed:
+        number = int((frame["earlier_code"] != "").sum())
+        text += f"; {number} of them begun by other code ({', '.join(sorted(set(resumed)))})"
     dirty = int(frame["dirty"].sum())
     return text + (f"; {dirty} of them from a tree with uncommitted changes." if dirty else ".")
 

@@ -104,12 +104,23 @@ class _LastCheckpoint(Checkpoint):
 
     def __init__(self, path: Path, every: int, settings: Mapping[str, Any], watched: bool) -> None:
         self._path, self._every, self._settings, self._watched = path, every, settings, watched
+        self._code = [config.code()]  # all that has trained this run, the last one now
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, Detector)
         history = pl_module.history
         watched = bool(history) and all("oracle_auroc" in row for row in history)  # when nobody watches now, too
         checkpoint["settings"], checkpoint["watched"] = dict(self._settings), self._watched or watched
+        checkpoint["code"] = self._code
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        now = self._code[-1]
+        earlier = checkpoint.get("code", [{"sha": None, "dirty": None, "diff": None}])  # older ones do not say it
+        self._code = [code for code in earlier if code != now] + [now]
+
+    @property
+    def earlier_code(self) -> list[dict[str, Any]]:
+        return self._code[:-1]
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Detector)
@@ -551,6 +562,7 @@ def _make(
         "settings": config.settings(cfg),
         "experiment": cfg.choices.experiment,
         "git": code,
+        "earlier_code": trainer.checkpoint_callback.earlier_code,  # type: ignore[union-attr]
         "versions": _versions(),
         "device": name,
         "finished": _now(),

@@ -209,6 +209,17 @@ def test_csv_starts_with_the_columns_of_the_design_and_sorts(runs: Runs, tmp_pat
     assert [row[3] for row in rows] == ["9", "10"]
 
 
+def test_code_that_only_began_a_run_is_named_and_its_uncommitted_changes_count(runs: Runs, tmp_path: Path) -> None:
+    runs.add(0.9, c=1)
+    earlier = [{"sha": "a" * 40, "dirty": True, "diff": "1"}, {"sha": "a" * 40, "dirty": False}, {"sha": None}]
+    runs.add(0.9, c=2, more={"earlier_code": earlier})
+    results.write_csv(results.read(runs.root), tmp_path / "results.csv")
+    frame = results.read_csv(tmp_path / "results.csv")
+    assert list(frame["earlier_code"]) == ["", "a" * 12 + " unknown"] and list(frame["dirty"]) == [False, True]
+    said = results.experiment_readme(frame, "# Title\n", "the command")
+    assert f"code 0123456789ab; 1 of them begun by other code ({'a' * 12}, unknown); 1 of them from a tree" in said
+
+
 def test_csv_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "other.csv").write_text("model,seed\na,0\n")
     with pytest.raises(ValueError, match="has no column dataset"):

@@ -392,6 +392,18 @@ class StopLater(Callback):
         raise RuntimeError("stopped")
 
 
+def test_a_run_names_all_code_that_trained_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cfg = tiny(tmp_path / "runs")
+    codes = [{"sha": letter * 40, "dirty": letter == "b", "diff": None} for letter in "aba"]
+    for code, stop in zip(codes, (Stop(8), StopLater("on_train_end")), strict=False):
+        monkeypatch.setattr(config, "code", lambda code=code: code)
+        with pytest.raises(RuntimeError):
+            run(cfg, [stop])
+    monkeypatch.setattr(config, "code", lambda: codes[-1])  # which scores what is trained, and came first as well
+    result = run(cfg)
+    assert result is not None and result["git"] == codes[0] and result["earlier_code"] == [codes[1]]
+
+
 @pytest.mark.parametrize(
     "stop", [Stop(3), Stop(9), Stop(14), StopLater("on_train_end"), StopLater("on_test_batch_end")], ids=str
 )
