@@ -10,16 +10,18 @@ import argparse
 import importlib
 import importlib.metadata
 import json
+import logging
 import os
 import platform
 import time
+import warnings
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from anomaly_lab import config
+from anomaly_lab import config, run
 from anomaly_lab.files import write_whole
 
 SECTIONS = ("machine", "training", "peers", "choices", "counts", "scoring", "growth", "startup", "abreast")
@@ -71,6 +73,9 @@ def main() -> None:
         parser.error("no CUDA device here: python -m benchmarks cpu measures the CPU")
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
+    run.keep_freed_memory()  # as a run's process does; so what is compared with it has that too
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # a screenful for every trainer
+    warnings.filterwarnings("ignore", module="lightning")
 
     path = given.out / f"{given.device}.json"
     content: dict[str, Any] = json.loads(path.read_text()) if given.only and path.is_file() else {}

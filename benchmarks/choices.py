@@ -1,4 +1,4 @@
-"""What would be faster, by measurement: memory layout, threads, Adam's kernels, torch.compile, filled memory.
+"""What would be faster, by measurement: memory layout, threads, Adam's kernels, torch.compile, filled or kept memory.
 
 Each row changes one setting of the bare loop (`benchmarks.bare`, whose steps have the lab's losses) and takes it by
 turns with the loop as the lab configures it: networks and optimiser as the yaml says, all threads, nothing compiled and
@@ -21,6 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from anomaly_lab import run
 from benchmarks.bare import Bare
 from benchmarks.compare import Cost, now, quartiles
 from benchmarks.training import compose, make_bare, steps_in
@@ -61,6 +62,16 @@ def deterministic(fill: bool) -> Iterator[None]:
     finally:
         switches.fill_uninitialized_memory = before[0]
         torch.use_deterministic_algorithms(before[1], warn_only=True)
+
+
+@contextmanager
+def trimmed() -> Iterator[None]:
+    """The C library gives freed memory back as it would by itself."""
+    run.keep_freed_memory(2**26)
+    try:
+        yield
+    finally:
+        run.keep_freed_memory()
 
 
 class Contestant:
@@ -153,6 +164,7 @@ def settings(default: Bare, adam: str) -> Iterator[tuple[str, dict[str, Any]]]:
         yield _threads(other), {"under": lambda: threads(other)}
     yield "deterministic algorithms, memory filled", {"under": lambda: deterministic(fill=True)}
     yield "deterministic algorithms, memory not filled", {"under": lambda: deterministic(fill=False)}
+    yield "freed memory given back", {"under": trimmed}
     yield "torch.compile of each network", {"change": compile_each}
 
 

@@ -7,7 +7,9 @@ import fcntl
 import json
 import math
 import os
+import platform
 import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -511,6 +513,31 @@ def test_global_switches_are_set_back(tmp_path: Path) -> None:
     assert run(tiny(tmp_path / "runs", "trainer.precision=tf32", "model.budget.epochs=1")) is not None
     assert (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()) == before
     assert torch.equal(torch.random.get_rng_state(), state)
+
+
+FREED = """
+import resource, torch
+from anomaly_lab.run import keep_freed_memory
+
+def faults():
+    for repeat in range(12):
+        if repeat == 2:
+            before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+        blocks = [torch.ones(4_000_000) for _ in range(12)]  # 16 MB each
+        del blocks
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+before = faults()
+keep_freed_memory()
+print(before, faults())
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="other C libraries are left alone")
+def test_what_a_step_frees_is_there_for_the_next_one() -> None:
+    done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
+    before, after = map(int, done.stdout.split())
+    assert before > 1000 and after < before / 10
 
 
 @pytest.fixture(autouse=True)
