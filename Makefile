@@ -26,7 +26,7 @@ test: install ## run the tests; real data in ANOMALY_LAB_DATA and a GPU are used
 soak: install ## kill sweeps 60 times and compare what they end with: docs/soak.md (a quarter of an hour)
 	$(BIN)/python tests/soak.py --kills 60 --commands 6 --out docs/soak.json --page docs/soak.md
 
-bench: $(BIN)/.bench ## measure speed on this CPU against other loops and packages: benchmarks/README.md (half an hour)
+bench: $(BIN)/.bench ## measure speed on this CPU against other loops and packages: benchmarks/README.md (20 minutes)
 	$(BIN)/python -m benchmarks cpu
 
 bench-gpu: $(BIN)/.bench ## the same on this machine's GPU (never timed so far)
