@@ -74,8 +74,6 @@ def main() -> None:
     if "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(len(os.sched_getaffinity(0)))
     run.keep_freed_memory()  # as a run's process does; so what is compared with it has that too
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)  # a screenful for every trainer
-    warnings.filterwarnings("ignore", module="lightning")
 
     path = given.out / f"{given.device}.json"
     content: dict[str, Any] = json.loads(path.read_text()) if given.only and path.is_file() else {}
@@ -102,4 +100,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    logging.disable(logging.INFO)  # a screenful of Lightning's for every trainer, whoever sets its level
+    warnings.filterwarnings("ignore", module="lightning")
     main()

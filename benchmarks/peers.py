@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import importlib.util
 import itertools
-import logging
 import math
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -232,7 +231,6 @@ def measure(device: str, quick: bool) -> list[Mapping[str, Any]]:
     if missing("anomalib"):
         rows.append({"against": "anomalib GANomaly", "missing": f"anomalib is not installed: {INSTALL}"})
     else:
-        logging.getLogger("anomalib").setLevel(logging.WARNING)
         rows.append(against_anomalib("ganomaly_small", steps=20, pairs=pairs, device=device))
         if not quick:
             rows.append(against_anomalib("ganomaly", steps=4, pairs=pairs, device=device))
