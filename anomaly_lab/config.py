@@ -12,6 +12,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -225,20 +226,7 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
 
 
 def refuse_other_settings(kept: Mapping[str, Any], cfg: DictConfig, place: Path) -> None:
-    """A run's name follows from the defaults of its groups; whoever edits those must not get the old result.
-
-    Raises:
-        ValueError: what lies in ``place`` was made with other settings.
-    """
-    now = json.loads(json.dumps(settings(cfg)))
-    differing = sorted(key for key in kept.keys() | now.keys() if kept.get(key) != now.get(key))
-    if differing:
-        some = ", ".join(f"{key}={kept.get(key)} (now {now.get(key)})" for key in differing[:3])
-        more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
-        raise ValueError(
-            f"{place} was made with {some}{more}: delete that folder to make it anew, "
-            "or give the model or the data another name"
-        )
+    replace(job(cfg), out=place).refuse_other_settings(kept)
 
 
 def changed(cfg: DictConfig) -> dict[str, Any]:
@@ -287,15 +275,72 @@ def target(cfg: DictConfig) -> int:
     return index
 
 
-def identity(cfg: DictConfig) -> dict[str, Any]:
-    """What makes a run the same run: model, data set, split, class index, seed and what was changed.
+@dataclass(frozen=True)
+class Job:
+    """One run, before and after it is made: what it is, where it lies, and what can change its result.
+
+    Made once for a run (`job`) and handed on; nothing else derives a name, a folder or settings from a configuration.
+    """
+
+    cfg: DictConfig
+    """The whole configuration, with the names of the chosen groups under ``choices``."""
+    identity: Mapping[str, Any]
+    """What makes a run the same run: model, dataset, split, normal_class (an index), seed, and what was changed."""
+    out: Path
+    """``<runs>/<model>/<dataset>/<split>/n<class>/s<seed>``, with a hash of what was changed where anything was."""
+
+    @functools.cached_property
+    def settings(self) -> dict[str, Any]:
+        """Every key that can change a result with its value, and the checksum of the images. Decodes the data set."""
+        return settings(self.cfg)
+
+    def refuse_other_settings(self, kept: Mapping[str, Any]) -> None:
+        """A run's name follows from the defaults of its groups; whoever edits those must not get the old result.
+
+        Raises:
+            ValueError: what lies in the folder was made with other settings (``kept``).
+        """
+        now = json.loads(json.dumps(self.settings))
+        differing = sorted(key for key in kept.keys() | now.keys() if kept.get(key) != now.get(key))
+        if differing:
+            some = ", ".join(f"{key}={kept.get(key)} (now {now.get(key)})" for key in differing[:3])
+            more = f" and {len(differing) - 3} more" if len(differing) > 3 else ""
+            raise ValueError(
+                f"{self.out} was made with {some}{more}: delete that folder to make it anew, "
+                "or give the model or the data another name"
+            )
+
+    def finished(self) -> dict[str, Any] | None:
+        """The run's ``result.json``; None where it is still to be made.
+
+        Raises:
+            ValueError: the file is damaged, or made from other defaults than today's.
+        """
+        path = self.out / "result.json"
+        if not path.is_file():
+            return None
+        try:
+            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+            settings_then = result["settings"]
+            watched = result["config"]["trainer"]["watch_test"] or result["metrics"]["oracle_auroc"] is not None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it and start the run again") from error
+        self.refuse_other_settings(settings_then)
+        # These change no score, so they are no part of the identity; but what was not looked at must be made.
+        unwatched = self.cfg.trainer.watch_test and not watched
+        unmeasured = self.cfg.trainer.measure_leak and "oracle_sorted_auroc" not in result["metrics"]
+        return None if unwatched or unmeasured else result
+
+
+def job(cfg: DictConfig) -> Job:
+    """The run that ``cfg`` describes.
 
     Raises:
         ValueError: see `target`; or a seed that is no whole number.
     """
     if type(cfg.seed) is not int or cfg.seed < 0:
         raise ValueError(f"seed={cfg.seed}: give a whole number from 0")
-    return {
+    own = {
         "model": cfg.choices.model,
         "dataset": cfg.dataset.name,
         "split": cfg.choices.split,
@@ -303,38 +348,24 @@ def identity(cfg: DictConfig) -> dict[str, Any]:
         "seed": cfg.seed,
         "changed": changed(cfg),
     }
-
-
-def run_dir(cfg: DictConfig) -> Path:
-    """``<runs>/<model>/<dataset>/<split>/n<class>/s<seed>``, with a hash of what was changed where anything was."""
-    own = identity(cfg)
     letter = "n" if instantiate(cfg.split).role == "normal" else "a"
     seed = f"s{own['seed']}"
     if own["changed"]:
         seed += "-" + hashlib.sha256(json.dumps(own["changed"], sort_keys=True).encode()).hexdigest()[:8]
-    return Path(cfg.runs) / own["model"] / own["dataset"] / own["split"] / f"{letter}{own['normal_class']}" / seed
+    out = Path(cfg.runs) / own["model"] / own["dataset"] / own["split"] / f"{letter}{own['normal_class']}" / seed
+    return Job(cfg, own, out)
+
+
+def identity(cfg: DictConfig) -> dict[str, Any]:
+    return dict(job(cfg).identity)
+
+
+def run_dir(cfg: DictConfig) -> Path:
+    return job(cfg).out
 
 
 def finished(cfg: DictConfig) -> dict[str, Any] | None:
-    """The ``result.json`` of the run that ``cfg`` describes; None where it is still to be made.
-
-    Raises:
-        ValueError: the file is damaged, or made from other defaults than today's.
-    """
-    path = run_dir(cfg) / "result.json"
-    if not path.is_file():
-        return None
-    try:
-        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        settings_then = result["settings"]
-        watched = result["config"]["trainer"]["watch_test"] or result["metrics"]["oracle_auroc"] is not None
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it and start the run again") from error
-    refuse_other_settings(settings_then, cfg, path.parent)
-    # These change no score, so they are no part of the identity; but what was not looked at must be made.
-    unwatched = cfg.trainer.watch_test and not watched
-    unmeasured = cfg.trainer.measure_leak and "oracle_sorted_auroc" not in result["metrics"]
-    return None if unwatched or unmeasured else result
+    return job(cfg).finished()
 
 
 def expected_runs(experiment: str, overrides: Sequence[str] = ()) -> list[tuple[dict[str, Any], Path]]:
