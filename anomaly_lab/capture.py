@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 import torch
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 WARM_UP = 3
-"""Steps that are computed before one is captured: they make whatever is made at first use, which no replay may make."""
+"""Eager steps before the capture: lazy initialisation (workspaces, optimiser state) must happen here, not during it."""
 
 
 class Graph(Protocol):
@@ -82,8 +82,8 @@ class CUDAGraph:
 class Capture(Callback):
     """Takes a detector's steady steps: the first few computed, then one captured, then replays.
 
-    A captured step reads and writes memory by address. At the start of an epoch it is thrown away if a tensor of the
-    detector or an optimiser's setting is no longer what it was.
+    A captured step reads and writes memory by address. At the start of an epoch it is thrown away if the stage, an
+    optimiser's setting or the place of one of the detector's tensors is no longer what it was.
 
     Args:
         graph: makes a graph for a noise generator.
@@ -91,7 +91,7 @@ class Capture(Callback):
 
     def __init__(self, graph: Callable[[torch.Generator], Graph] = CUDAGraph) -> None:
         self._make, self._warned = graph, False
-        self._fits: tuple[Any, ...] | None = None  # what the captured step relies on
+        self._relies_on: tuple[Any, ...] | None = None
         self._forget()
 
     def _forget(self) -> None:
@@ -100,26 +100,40 @@ class Capture(Callback):
         self._static: list[Tensor] = []  # positions of the step's batch, then of its further batches
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        cast("Detector", pl_module).capture = self
+        cast(Any, pl_module).replay = self
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self.on_fit_end(trainer, pl_module)
 
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._forget()  # and its memory with it
-        cast("Detector", pl_module).capture = None
+        cast(Any, pl_module).replay = None
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if pl_module.device.type == "cuda":
+            count_on_device(trainer.optimizers)
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        """A checkpoint does not depend on the capture, so a run may resume without one."""
+        if "optimizer_states" in checkpoint:
+            checkpoint["optimizer_states"] = [counted_on_host(state) for state in checkpoint["optimizer_states"]]
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if batch_idx > 0:
+            return
+        # Not when the epoch starts: the detector's own hooks come after a callback's, and may change all this.
+        detector = cast("Detector", pl_module)
         settings = [
             tuple((key, value) for key, value in group.items() if key != "params")
             for optimizer in trainer.optimizers
             for group in optimizer.param_groups
         ]
-        tensors = [*pl_module.parameters(), *pl_module.buffers()]
-        fits = (repr(settings), [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors])
-        if fits != self._fits:
+        tensors = [*detector.parameters(), *detector.buffers()]
+        places = [(tensor.data_ptr(), tensor.shape, tensor.stride()) for tensor in tensors]
+        relies_on = (detector.stage, repr(settings), places)
+        if relies_on != self._relies_on:
             self._forget()
-        self._fits = fits
+        self._relies_on = relies_on
 
     def __call__(self, detector: Detector, positions: Tensor, further: Iterator[Tensor]) -> None:
         """`Detector.play` on the images at ``positions`` (B,), with more of them from ``further``."""
@@ -153,10 +167,8 @@ def _remembered(source: Iterator[Tensor], drawn: list[Tensor]) -> Iterator[Tenso
         yield item
 
 
-def place_step_counts(optimizers: Iterable[Optimizer], *, capturable: bool) -> None:
-    """Let the step counts of ``optimizers`` lie where a graph can count, or where it is cheaper to count without one.
-
-    A checkpoint says how it was for the run that wrote it, which may have been the other way.
+def count_on_device(optimizers: Iterable[Optimizer]) -> None:
+    """Let the step counts of ``optimizers`` lie on the device, where a graph can count.
 
     Raises:
         ValueError: an optimiser counts where no graph can.
@@ -164,14 +176,22 @@ def place_step_counts(optimizers: Iterable[Optimizer], *, capturable: bool) -> N
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if "capturable" not in group:
-                if capturable and not isinstance(optimizer, torch.optim.SGD):  # which counts nothing
+                if not isinstance(optimizer, torch.optim.SGD):  # which counts nothing
                     name = type(optimizer).__name__
                     raise ValueError(f"trainer.capture=true cannot capture {name}: take Adam, RMSprop or SGD, or false")
                 continue
-            group["capturable"] = capturable
+            group["capturable"] = True
             for parameter in group["params"]:
                 state = optimizer.state.get(parameter, {})
                 if "step" in state:
-                    state["step"] = state["step"].to(
-                        parameter.device if capturable or group.get("fused") else torch.device("cpu")
-                    )
+                    state["step"] = state["step"].to(parameter.device)
+
+
+def counted_on_host(state: Mapping[str, Any]) -> dict[str, Any]:
+    """An optimiser's ``state_dict`` as it is without a capture: step counts on the host, where counting is cheaper."""
+    groups = [group | ({"capturable": False} if "capturable" in group else {}) for group in state["param_groups"]]
+    counts = {
+        number: kept | ({"step": kept["step"].cpu()} if isinstance(kept.get("step"), Tensor) else {})
+        for number, kept in state["state"].items()
+    }
+    return {**state, "param_groups": groups, "state": counts}

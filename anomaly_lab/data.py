@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from lightning import LightningDataModule
 from torch import Tensor
 
+from anomaly_lab.batches import Batch
 from anomaly_lab.datasets import Images
-from anomaly_lab.detector import Batch, Detector, Stretch
 from anomaly_lab.splits import Partition, Split
 
-STRETCH_SECONDS = 0.2
-"""About how long Lightning is not asked between training steps."""
+STEPS_SECONDS = 0.2
+"""About how long training goes on before Lightning is called again."""
+
+Part = Literal["train", "val", "test"]
 
 AT_ONCE = 1000
 """Images of a whole set that are prepared in one go; each step of it holds a copy of them in float32."""
@@ -75,6 +77,13 @@ class Prepare:
         low, high = self.value_range
         return x * ((high - low) / 255) + low
 
+    def all(self, pixels: Tensor, device: torch.device) -> Tensor:
+        """A whole set at once, in parts of `AT_ONCE`: uint8 (N,C,H,W) anywhere -> float32 (N,C',S,S) on ``device``."""
+        x = torch.empty(len(pixels), self.channels or pixels.shape[1], self.size, self.size, device=device)
+        for start in range(0, len(pixels), AT_ONCE):
+            x[start : start + AT_ONCE] = self(pixels[start : start + AT_ONCE].to(device))
+        return x
+
     @staticmethod
     def _resize(x: Tensor, height: int, width: int) -> Tensor:
         if x.shape[-2:] == (height, width):
@@ -92,69 +101,111 @@ class Prepare:
 
 
 class Loader:
-    """Batches of one part of a data set. It slices an index tensor: no workers, no decoding, no copies but the batch.
+    """Batches of images in their order. It slices an index tensor: no workers, no decoding, no copies but the batch.
 
     Args:
         pixels: uint8 (N,C,H,W), on the device where it fits, else in host memory.
-        truth: uint8 (N,). index: int64 (N,), positions in the whole data set.
-        order: positions (n,) in the order they come; None goes straight through.
-        drop_last: leave out the last incomplete batch, unless it is the only one (batch norm needs company).
+        index: int64 (N,), positions in the whole data set. truth: uint8 (N,), of test images.
     """
 
     def __init__(
         self,
         pixels: Tensor,
-        truth: Tensor,
         index: Tensor,
         prepare: Prepare,
         batch_size: int,
         device: torch.device,
-        order: Tensor | None = None,
-        drop_last: bool = False,
+        truth: Tensor | None = None,
     ) -> None:
-        self.pixels, self.truth, self.index = pixels, truth, index
+        self.pixels, self.index, self.truth = pixels, index, truth
         self._prepare, self._batch_size, self._device = prepare, batch_size, device
-        self._order = (torch.arange(len(pixels)) if order is None else order).to(pixels.device)
-        self._drop_last = drop_last
-
-    def _lengths(self, images: int) -> list[int]:
-        full, rest = divmod(images, self._batch_size)
-        return [self._batch_size] * full + ([rest] if rest and not (self._drop_last and full) else [])
 
     def __len__(self) -> int:
-        return len(self._lengths(len(self._order)))
+        return -(-len(self.pixels) // self._batch_size)
 
-    @property
-    def positions(self) -> list[Tensor]:
-        """Of each batch, the places (B,) of its images, on the device of the pixels."""
-        lengths = self._lengths(len(self._order))
-        return list(self._order[: sum(lengths)].split(lengths)) if lengths else []
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.batch, torch.arange(len(self.pixels), device=self.pixels.device).split(self._batch_size))
 
     def batch(self, positions: Tensor) -> Batch:
         """The images at ``positions`` (B,), prepared, on the device."""
         return Batch(
             self._prepare(self.pixels[positions].to(self._device)),
-            self.truth[positions].to(self._device),
             self.index[positions].to(self._device),
+            None if self.truth is None else self.truth[positions].to(self._device),
         )
 
-    def __iter__(self) -> Iterator[Batch]:
-        return map(self.batch, self.positions)
+    def everything(self) -> Batch:
+        """All images, prepared, on the device: x (N,C,S,S)."""
+        x = self._prepare.all(self.pixels, self._device)
+        return Batch(x, self.index.to(self._device), None if self.truth is None else self.truth.to(self._device))
 
 
-class Stretches:
-    """An epoch in stretches of ``steps`` steps, the last one shorter."""
+class EpochImages:
+    """The training images, in the order of one epoch after another: `anomaly_lab.batches.TrainingImages`.
 
-    def __init__(self, loader: Loader, steps: int) -> None:
-        self._loader, self._steps = loader, steps
+    The order of an epoch depends on ``seed`` and its number alone: a resumed run sees what it would have seen.
+    Incomplete batches are left out, unless there is no other (batch norm needs company).
 
-    def __len__(self) -> int:
-        return -(-len(self._loader) // self._steps)
+    Args:
+        epoch_steps: an epoch has at least so many steps, see `OneClassData`.
+    """
 
-    def __iter__(self) -> Iterator[Stretch]:
-        positions = self._loader.positions
-        for start in range(0, len(positions), self._steps):
-            yield Stretch(positions[start : start + self._steps], self._loader.batch)
+    def __init__(self, images: Loader, batch_size: int, *, seed: int, epoch_steps: int) -> None:
+        self.batch, self.everything = images.batch, images.everything
+        self._pixels, self._batch_size, self._seed, self._epoch_steps = images.pixels, batch_size, seed, epoch_steps
+        self.begin(1, None, None)
+
+    def promise(self, *, leaving_out: bool) -> None:
+        """Any image can be left out."""
+
+    def begin(self, epoch: int, allowed: Tensor | None, seconds_per_step: float | None) -> None:
+        self._epoch = epoch
+        self._allowed = torch.arange(len(self._pixels)) if allowed is None else allowed.cpu()
+        self.order = self._order_of(0)
+        self.at_once = max(int(STEPS_SECONDS / seconds_per_step), 1) if seconds_per_step else 1
+
+    def __iter__(self) -> Iterator[_Steps]:
+        """The epoch's steps, about `STEPS_SECONDS` of them at once: Lightning's work in between then costs little, and
+        a signal or a progress bar need not wait long. Nothing depends on how many they are.
+
+        Without a length, because Lightning asks for that once, and epochs may differ. It also asks for the first item
+        before the epoch has begun.
+        """
+        start = 0
+        while start == 0 or start < len(self.order):
+            yield _Steps(self, start)
+            start += self.at_once
+
+    def steps(self, item: _Steps) -> Sequence[Tensor]:
+        return item.positions
+
+    def further(self) -> Iterator[Tensor]:
+        for stream in itertools.count(1):
+            yield from self._order_of(stream)
+
+    def _order_of(self, stream: int) -> list[Tensor]:
+        """Of each batch of the epoch the places (B,) of its images: the training order, or one of its own from 1 on."""
+        # A stream of its own for every epoch: what a validation pass or a resume does in between changes nothing.
+        entropy = [self._seed, self._epoch - 1, stream] if stream else [self._seed, self._epoch - 1]
+        state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
+        generator = torch.Generator().manual_seed(int(state >> 1))
+        images, size = self._allowed, self._batch_size
+        steps = max(len(images) // size, 1)
+        passes = 1 if steps >= self._epoch_steps else -(-self._epoch_steps * size // len(images))
+        order = torch.cat([images[torch.randperm(len(images), generator=generator)] for _ in range(passes)])
+        whole = (self._epoch_steps if passes > 1 else len(order) // size) * size or len(order)
+        return list(order[:whole].to(self._pixels.device).split(size))
+
+
+class _Steps:
+    """Some steps of the epoch from number ``start`` on, looked up when they are asked for."""
+
+    def __init__(self, images: EpochImages, start: int) -> None:
+        self._images, self._start = images, start  # no tuple: Lightning would look into it for what to move
+
+    @property
+    def positions(self) -> list[Tensor]:
+        return self._images.order[self._start : self._start + self._images.at_once]
 
 
 class OneClassData(LightningDataModule):
@@ -163,7 +214,7 @@ class OneClassData(LightningDataModule):
     Args:
         images: a data set, from one of the readers of `anomaly_lab.datasets`.
         split: a protocol of `anomaly_lab.splits`.
-        named: the class the protocol names, by name or zero-based index.
+        target: the class the protocol names, by name or zero-based index.
         batch_size: images in a training batch. score_batch_size: images scored at once; None: `scored_at_once`.
         epoch_steps: an epoch has at least so many steps: smaller training sets are passed several times, each time in
             a new order, so that an epoch means about the same on 50 images as on 5000.
@@ -176,7 +227,7 @@ class OneClassData(LightningDataModule):
         self,
         images: Images,
         split: Split,
-        named: str | int,
+        target: str | int,
         prepare: Prepare,
         *,
         batch_size: int,
@@ -191,7 +242,7 @@ class OneClassData(LightningDataModule):
         if batch_size < 2:
             raise ValueError(f"model.batch_size={batch_size}: batch norm needs at least 2 images in a batch")
         self.images, self.prepare = images, prepare
-        self.target = split.resolve(images, named)
+        self.target = split.resolve(images, target)
         self.partition: Partition = split(images, self.target, seed)
         self.batch_size, self._epoch_steps, self._score_batch_size = (
             batch_size,
@@ -199,106 +250,60 @@ class OneClassData(LightningDataModule):
             score_batch_size,
         )
         self._seed, self._watch_test = seed, watch_test
-        self._loaders: dict[tuple[str, torch.device], tuple[Tensor, Tensor, Tensor]] = {}
+        self._parts: dict[tuple[Part, torch.device], tuple[Tensor, Tensor]] = {}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
         """(C,S,S) of the prepared images."""
         return self.prepare.shape(self.images.pixels)
 
-    def part(self, name: Literal["train", "val", "test"], device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
-        """Pixels uint8 (N,C,H,W), truth uint8 (N,) and index int64 (N,) of one part, on the device if they fit it."""
-        if (name, device) not in self._loaders:
-            index = getattr(self.partition, name)
-            truth = {
-                "train": self.partition.train_truth,
-                "val": np.zeros(len(index), np.uint8),
-                "test": self.partition.test_truth,
-            }[name]
-            pixels = torch.from_numpy(self.images.pixels[index])
-            if device.type == "cuda":
-                roomy = pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2
-                pixels = pixels.to(device) if roomy else pixels
-            where = pixels.device
-            self._loaders[name, device] = (
-                pixels,
-                torch.from_numpy(truth).to(where),
-                torch.from_numpy(index).to(where),
-            )
-        return self._loaders[name, device]
+    @property
+    def steps(self) -> int:
+        """Training steps of an epoch in which all training images take part."""
+        images, least = len(self.partition.train), self._epoch_steps
+        return max(images // self.batch_size, 1, least)
 
-    def prepared(self, name: Literal["train", "val", "test"], positions: Sequence[int] | None = None) -> Tensor:
+    def train_dataloader(self) -> EpochImages:
+        """The training images, without their truth."""
+        pixels, index = self._stored("train")
+        images = Loader(pixels, index, self.prepare, self.batch_size, self._device())
+        return EpochImages(images, self.batch_size, seed=self._seed, epoch_steps=self._epoch_steps)
+
+    def val_dataloader(self) -> list[Loader]:
+        """The held-out normals; behind them, with ``watch_test``, the test images."""
+        return [self.loader("val"), self.loader("test")] if self._watch_test else [self.loader("val")]
+
+    def test_dataloader(self) -> list[Loader]:
+        """The held-out normals, from which the threshold comes, and the test images."""
+        return [self.loader("val"), self.loader("test")]
+
+    def predict_dataloader(self) -> Loader:
+        """The test images."""
+        return self.loader("test")
+
+    def loader(self, part: Literal["val", "test"]) -> Loader:
+        """The held-out normals or, with their truth, the test images, in their order."""
+        pixels, index = self._stored(part)
+        truth = torch.from_numpy(self.partition.test_truth).to(pixels.device) if part == "test" else None
+        at_once = self._score_batch_size or scored_at_once(self._device())
+        return Loader(pixels, index, self.prepare, at_once, self._device(), truth)
+
+    def prepared(self, part: Part, positions: Sequence[int] | None = None) -> Tensor:
         """The prepared images of one part (or those at ``positions`` of it), float32 (N,C,S,S), on the CPU."""
-        pixels, _, _ = self.part(name, torch.device("cpu"))
-        return self._prepared(pixels if positions is None else pixels[list(positions)], torch.device("cpu"))
-
-    def _prepared(self, pixels: Tensor, device: torch.device) -> Tensor:
-        x = torch.empty(len(pixels), *self.image_shape, device=device)  # (N,C,S,S)
-        for start in range(0, len(pixels), AT_ONCE):
-            x[start : start + AT_ONCE] = self.prepare(pixels[start : start + AT_ONCE].to(device))
-        return x
-
-    def training_set(self, device: torch.device) -> Batch:
-        """All training images prepared, in their order, on ``device``."""
-        pixels, truth, index = self.part("train", device)
-        return Batch(self._prepared(pixels, device), truth.to(device), index.to(device))
+        index = getattr(self.partition, part)
+        chosen = torch.from_numpy(self.images.pixels[index if positions is None else index[list(positions)]])
+        return self.prepare.all(chosen, torch.device("cpu"))
 
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
-    def _order(self, stream: int = 0) -> Tensor:
-        epoch, positions = 0, torch.arange(len(self.partition.train))
-        if self.trainer is not None:
-            detector = self.trainer.lightning_module
-            assert isinstance(detector, Detector)
-            epoch = int(detector.epochs_done)
-            allowed = detector.train_indices(epoch)
-            positions = positions if allowed is None else allowed.cpu()
-        # A stream of its own for every epoch: what a validation pass or a resume does in between changes nothing.
-        entropy = [self._seed, epoch, stream] if stream else [self._seed, epoch]
-        state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(state >> 1))
-        steps = max(len(positions) // self.batch_size, 1)
-        passes = 1 if steps >= self._epoch_steps else -(-self._epoch_steps * self.batch_size // len(positions))
-        order = torch.cat([positions[torch.randperm(len(positions), generator=generator)] for _ in range(passes)])
-        return order if passes == 1 else order[: self._epoch_steps * self.batch_size]
-
-    def train_dataloader(self) -> Stretches:
-        """The coming epoch: a trainer has to ask anew for every one (``reload_dataloaders_every_n_epochs=1``).
-
-        In stretches of about `STRETCH_SECONDS`: Lightning's work between two of them then costs little, and a signal
-        or a progress bar need not wait long. Nothing depends on where a stretch ends.
-        """
-        seconds = None
-        if self.trainer is not None:
-            assert isinstance(self.trainer.lightning_module, Detector)
-            seconds = self.trainer.lightning_module.seconds_per_step
-        return Stretches(self.training(), max(int(STRETCH_SECONDS / seconds), 1) if seconds else 1)
-
-    @property
-    def steps(self) -> int:
-        """Training steps of the coming epoch."""
-        return len(self.training())
-
-    def training(self, stream: int = 0) -> Loader:
-        """The coming epoch's batches, in the training order or, from 1, another of the epoch's own orders."""
-        part = self.part("train", self._device())
-        order = self._order(stream)
-        return Loader(*part, self.prepare, self.batch_size, self._device(), order=order, drop_last=True)
-
-    def further_positions(self) -> Iterator[Tensor]:
-        """Positions for `Detector.next_batch`, without end: orders of the epoch's own besides the training order."""
-        for stream in itertools.count(1):
-            yield from self.training(stream).positions
-
-    def val_dataloader(self) -> list[Loader]:
-        """The held-out normals; behind them, with ``watch_test``, the test images."""
-        return [self._in_order("val"), self._in_order("test")] if self._watch_test else [self._in_order("val")]
-
-    def test_dataloader(self) -> list[Loader]:
-        """The held-out normals, from which the threshold comes, and the test images."""
-        return [self._in_order("val"), self._in_order("test")]
-
-    def _in_order(self, name: Literal["val", "test"]) -> Loader:
+    def _stored(self, part: Part) -> tuple[Tensor, Tensor]:
+        """Pixels uint8 (N,C,H,W) and index int64 (N,) of one part, on the device if they fit it."""
         device = self._device()
-        return Loader(*self.part(name, device), self.prepare, self._score_batch_size or scored_at_once(device), device)
+        if (part, device) not in self._parts:
+            index = getattr(self.partition, part)
+            pixels = torch.from_numpy(self.images.pixels[index])
+            if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
+                pixels = pixels.to(device)
+            self._parts[part, device] = pixels, torch.from_numpy(index).to(pixels.device)
+        return self._parts[part, device]

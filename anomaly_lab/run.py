@@ -5,7 +5,6 @@ from __future__ import annotations
 import ctypes
 import fcntl
 import gc
-import hashlib
 import io
 import json
 import logging
@@ -38,9 +37,12 @@ from tqdm import tqdm
 
 from anomaly_lab import config, figures, metrics, tracking, turns
 from anomaly_lab.capture import Capture
+from anomaly_lab.course import Diverged
 from anomaly_lab.data import OneClassData, Prepare, scored_at_once
-from anomaly_lab.detector import Detector, Diverged
+from anomaly_lab.detector import Detector
 from anomaly_lab.files import remove_parts, write_whole
+from anomaly_lab.players import Learning
+from anomaly_lab.randomness import stream
 
 log = logging.getLogger(__name__)
 
@@ -56,11 +58,6 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 class OutOfMemory(ValueError):
     """The run does not fit into the memory of its device."""
-
-
-def stream(seed: int, purpose: str) -> int:
-    """The seed of one independent stream of randomness (weights, noise) of a run: 63 bits."""
-    return int.from_bytes(hashlib.sha256(f"{purpose}/{seed}".encode()).digest()[:8]) >> 1
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
@@ -111,7 +108,7 @@ class _LastCheckpoint(Checkpoint):
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, Detector)
-        history = pl_module.history
+        history = pl_module.course.history
         watched = bool(history) and all("oracle_auroc" in row for row in history)  # when nobody watches now, too
         checkpoint["settings"], checkpoint["watched"] = dict(self._settings), self._watched or watched
         checkpoint["code"] = self._code
@@ -127,33 +124,38 @@ class _LastCheckpoint(Checkpoint):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Detector)
-        if len(pl_module.history) % self._every == 0:
+        if len(pl_module.course.history) % self._every == 0:
             trainer.save_checkpoint(self._path, weights_only=False)  # "weights only" would drop the optimisers
 
 
-class _SeededEpochs(Callback):
-    """Layers that draw from torch's global stream (dropout) draw the same in every epoch, resumed or not."""
+class _Turns(Callback):
+    """Lets the runs that share this process work while this one would wait (`anomaly_lab.turns`)."""
 
-    def __init__(self, seed: int) -> None:
-        self._seed = seed
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        turns.settle(pl_module.device)
 
-    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        torch.manual_seed(stream(self._seed, f"epoch {int(pl_module.epochs_done)}"))  # type: ignore[arg-type]
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        turns.settle(pl_module.device)  # before values are read, which would block without letting others work
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        turns.pass_on()
+
+    def on_test_batch_end(self, *_: Any) -> None:
+        turns.pass_on()
 
 
 class _Progress(Callback):
     """One bar for the whole run: epoch, the losses of the last one, and the time left."""
 
-    def __init__(self, title: str) -> None:
-        self._title = title
+    def __init__(self, title: str, steps: int) -> None:
+        self._title, self._steps = title, steps
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert trainer.max_epochs is not None and isinstance(pl_module, Detector)
-        steps = trainer.datamodule.steps  # type: ignore[attr-defined]
         screen = sys.stderr.isatty()
         self._bar = tqdm(
             initial=int(pl_module.steps_done),
-            total=trainer.max_epochs * steps,
+            total=trainer.max_epochs * self._steps,
             desc=self._title,
             unit="step",
             mininterval=0.5 if screen else 30,  # seconds; a log file needs no animation
@@ -167,7 +169,7 @@ class _Progress(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Detector)
-        means = pl_module.epoch_means() | {"epoch": f"{int(pl_module.epochs_done) + 1}/{trainer.max_epochs}"}
+        means = pl_module.course.means() | {"epoch": f"{int(pl_module.epochs_done) + 1}/{trainer.max_epochs}"}
         self._bar.set_postfix({k.removeprefix("loss_"): v for k, v in means.items()})
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -234,7 +236,8 @@ def make_detector(cfg: DictConfig, image_shape: Sequence[int]) -> Detector:
     if not isinstance(detector, Detector):
         raise ValueError(f"model={cfg.choices.model}: model.detector._target_ must name a subclass of Detector")
     optimizer, scheduler = (instantiate(cfg.model[key], _convert_="all") for key in ("optimizer", "scheduler"))
-    detector.optimise_with(optimizer, scheduler, cfg.model.clip)
+    detector.learning = Learning(optimizer, scheduler, cfg.model.clip)
+    detector.randomness.follow(cfg.seed)
     if cfg.trainer.channels_last:
         detector.to(memory_format=torch.channels_last)
     detector.plan(_stages(cfg))
@@ -276,9 +279,9 @@ def make_trainer(
     if type(every) is not int or every < 1:
         raise ValueError(f"trainer.checkpoint_every={every}: give a whole number of epochs from 1")
     last = _LastCheckpoint(out / "last.ckpt", every, config.settings(cfg), cfg.trainer.watch_test)
-    own: list[Callback] = [last, _SeededEpochs(cfg.seed)]
+    own: list[Callback] = [last, _Turns()]
     if cfg.trainer.progress:
-        own.append(_Progress(title))
+        own.append(_Progress(title, data.steps))
     trainer = Trainer(
         accelerator=cfg.trainer.accelerator,
         devices=1,
@@ -287,7 +290,6 @@ def make_trainer(
         callbacks=[*own, *callbacks],
         # Under Slurm, Lightning's own environment would answer signals with checkpoints that later calls pick up.
         plugins=[_WholeFiles(), LightningEnvironment()],
-        reload_dataloaders_every_n_epochs=1,  # a loader is one epoch's order, and epochs may differ in length
         logger=logger,
         default_root_dir=out,
         inference_mode=False,  # a score may need gradients (AnoGAN's search in latent space)
@@ -514,35 +516,29 @@ def _make(
 
     checkpoint, history = _resumable(cfg, out)
     tracker.start(history)
-    detector.to(device).seed_noise(stream(cfg.seed, "noise"))
     if checkpoint is not None:
         log.info("%s: resuming", out)
-    elif type(detector).before_fit is not Detector.before_fit:  # else nobody wants all images at once
-        detector.eval()
-        with torch.no_grad():
-            detector.before_fit(data.prepared("train").to(device))
     with warnings.catch_warnings(), torch.random.fork_rng():
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*constructed with capturable=True.*")  # the steps before a capture
         warnings.filterwarnings("ignore", message=".*`training_step` returned `None`.*|.*log_every_n_steps.*")
         trainer.fit(detector.train(), datamodule=data, ckpt_path=checkpoint, weights_only=True)
         assert int(detector.epochs_done) == trainer.max_epochs, "a half-trained detector must not be scored"
-        detector.to(device).finish_fit(lambda: data.prepared("train").to(device))
         trainer.save_checkpoint(out / "last.ckpt", weights_only=False)
         started = time.perf_counter()
         trainer.test(detector, datamodule=data, verbose=False)
     score_seconds = time.perf_counter() - started
 
-    val_score = detector.scores_of("val")[0].numpy()
-    score, index = (tensor.numpy() for tensor in detector.scores_of("test"))
+    val_score = detector.scored.val.score
+    score, index = detector.scored.test.score, detector.scored.test.index
     partition = data.partition
     assert np.array_equal(index, partition.test), "test images came in another order than they were asked for"
     if np.ptp(score) == 0:
         raise Diverged(f"training collapsed: every test image has the score {score[0]}; lower the learning rate")
     _refuse_collapse(detector, data)
     threshold = metrics.threshold_from_normals(val_score, cfg.trainer.threshold_quantile)
-    decided = detector.decisions_of("test")
-    oracle = [row["oracle_auroc"] for row in detector.history if "oracle_auroc" in row]
+    decided = detector.scored.test.decided
+    oracle = [row["oracle_auroc"] for row in detector.course.history if "oracle_auroc" in row]
     arrays: dict[str, Any] = {
         "score": score.astype(np.float32),
         "truth": partition.test_truth,
@@ -552,7 +548,7 @@ def _make(
     }
     write_whole(out / "scores.npz", lambda file: np.savez_compressed(file, **arrays))
     name, memory = _device(trainer)
-    seconds = sum(row["seconds"] for row in detector.history)
+    seconds = sum(row["seconds"] for row in detector.course.history)
     result = {
         "schema": SCHEMA,
         "identity": identity,
@@ -588,7 +584,7 @@ def _make(
         "set_aside": _set_aside(detector, data, out),
         "epochs": int(detector.epochs_done),
         "steps": int(detector.steps_done),
-        "history": detector.history,
+        "history": detector.course.history,
     }
     _draw(detector.to(device).eval(), data, score, result, out / "figures")
     tracker.publish(result, out / "figures", arrays)  # before the run counts as done: a killed one shows it again
@@ -615,7 +611,7 @@ def _refuse_collapse(detector: Detector, data: OneClassData) -> None:
 
 
 def _by_kind(
-    cfg: DictConfig, data: OneClassData, score: np.ndarray, threshold: float | None, decided: torch.Tensor | None
+    cfg: DictConfig, data: OneClassData, score: np.ndarray, threshold: float | None, decided: np.ndarray | None
 ) -> dict[str, Any]:
     """Metrics on all test normals and some of the anomalies.
 
@@ -638,14 +634,14 @@ def _by_kind(
         for name, group in (("seen", seen), ("unseen", [kind for kind in kinds if kind not in seen])):
             some = chosen(group)
             if truth[some].any():
-                rule = None if decided is None else decided.numpy()[some]
+                rule = None if decided is None else decided[some]
                 found[name] = metrics.evaluate(score[some], truth[some], threshold=threshold, decided=rule)
     return found
 
 
 def _set_aside(detector: Detector, data: OneClassData, out: Path) -> list[dict[str, Any]]:
     """What the method set aside, a row a set, with its true precision and recall; the images in set_aside.npz."""
-    sets = {name: positions.cpu().numpy() for name, positions in detector.set_aside().items()}
+    sets = {name: positions.cpu().numpy() for name, positions in detector.rejected_images().items()}
     if not sets:
         return []
     partition, rows = data.partition, []
@@ -673,8 +669,8 @@ def _batch_norm_leak(detector: Detector, data: OneClassData, device: torch.devic
     """
     layers = [module for module in detector.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
     tracking_statistics = [layer.track_running_stats for layer in layers]
-    pixels, truth, _ = data.part("test", device)
-    by_truth = torch.argsort(truth.cpu(), stable=True)
+    loader, truth = data.loader("test"), torch.from_numpy(data.partition.test_truth)
+    by_truth = torch.argsort(truth, stable=True)
     mixed = torch.from_numpy(np.random.RandomState(0).permutation(len(truth)))
     found = {}
     try:
@@ -683,12 +679,12 @@ def _batch_norm_leak(detector: Detector, data: OneClassData, device: torch.devic
             layer.train()
             layer.track_running_stats = False  # they stay as they are
         for name, order in (("oracle_shuffled_auroc", mixed), ("oracle_sorted_auroc", by_truth)):
-            batches = list(order.to(pixels.device).split(data.batch_size))
+            batches = list(order.to(loader.pixels.device).split(data.batch_size))
             if len(batches) > 1 and len(batches[-1]) == 1:  # of which there are no statistics
                 batches[-2:] = [torch.cat(batches[-2:])]
             with torch.no_grad():
-                score = torch.cat([detector.score(data.prepare(pixels[some].to(device))).float() for some in batches])
-            found[name] = metrics.auroc(score.cpu().numpy(), truth.cpu().numpy()[order.numpy()])
+                score = torch.cat([detector.score(loader.batch(some).x).float() for some in batches])
+            found[name] = metrics.auroc(score.cpu().numpy(), truth.numpy()[order.numpy()])
     finally:
         for layer, tracked in zip(layers, tracking_statistics, strict=True):
             layer.track_running_stats = tracked

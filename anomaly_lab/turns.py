@@ -247,6 +247,14 @@ def pass_on() -> None:
         _mine.group.pass_on(_mine.run)
 
 
+def after_step(detector: Any) -> None:
+    """Between two steps of a detector: its own ``after_step``, where it has one, and a turn for each of the others."""
+    if detector.has("after_step"):
+        settle(detector.device)  # the method waits for every step; other runs work meanwhile
+        detector.after_step()
+    pass_on()
+
+
 @contextmanager
 def aside() -> Iterator[None]:
     """Let the others work during the block, which waits for something and touches neither torch nor its device."""

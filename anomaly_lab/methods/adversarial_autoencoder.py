@@ -185,9 +185,9 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
                    come back with the weight ``w_anomaly`` < 0; the others stay out
 
     The weights w_i multiply L_rec and both adversarial terms of image i; w_i = 0 means left out of the batch, for a
-    sample of weight 0 would still enter batch norm's statistics. The sets after each round, and the final one, are
-    recorded (`set_aside`). The decision's thresholds are quantiles over all training images, rejected ones too: those
-    that a round of the SVM rejects are mostly rare normals, and without them every rare normal is an alarm.
+    sample of weight 0 would still enter batch norm's statistics. The run records the sets after each round, and the
+    final one (`rejected_images`). The decision's thresholds are quantiles over all training images, rejected ones too:
+    those that a round of the SVM rejects are mostly rare normals, and without them every rare normal is an alarm.
 
     *Where the material is silent:* whether the SVM sees the rejected images again (here not: it would find the same
     ones); the value of ``w_anomaly``; and what bounds a negatively weighted adversarial term, which has no minimum:
@@ -252,17 +252,20 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
         capped = term.squeeze(1)
         return (w * torch.where(w < 0, capped.clamp(max=self.adversarial_cap), capped)).mean()
 
-    def after_epoch(self, done: int) -> None:
-        stage, position = self.stage_of(done)  # of the epoch to come
-        if stage == "detect" and position % (self.stages["detect"] // self.rounds) == 0:
-            self._reject(1 + position // (self.stages["detect"] // self.rounds))
-        elif stage == "retrain" and position == 0 and self.stages["retrain"] and self.w_anomaly:
+    def before_epoch(self, epoch: int) -> None:
+        if self.stage == "detect":
+            finished, begun = divmod(self.stages.epoch - 1, self.stages.epochs["detect"] // self.rounds)
+            if begun == 0:
+                self._reject(finished + 1)
+
+    def before_stage(self, stage: str) -> None:
+        if stage == "retrain" and self.w_anomaly:
             self._repel()
 
     def _reject(self, number: int) -> None:
         from sklearn.svm import OneClassSVM  # seconds, with SciPy: not for AE and AAE
 
-        training = self.training_set()
+        training = self.training_images.everything()
         if number == 1:
             self.set_fitted("rejected_in", torch.zeros(len(training.x), dtype=torch.long, device=self.device))
             self.set_fitted("repelled", torch.zeros(len(training.x), dtype=torch.bool, device=self.device))
@@ -275,7 +278,7 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
         candidates = (self.rejected_in > 0).nonzero().squeeze(1)
         if not len(candidates):
             return
-        training = self.training_set()
+        training = self.training_images.everything()
         x = training.x[candidates]
         errors = torch.cat([squared_error(some, self.reconstruct(some)) for some in x.split(1000)])
         chosen = candidates[errors > errors.quantile(self.retrain_quantile)]
@@ -287,7 +290,7 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
             return None  # nobody is rejected yet
         return ((self.rejected_in == 0) | self.repelled).nonzero().squeeze(1)
 
-    def set_aside(self) -> Mapping[str, Tensor]:
+    def rejected_images(self) -> Mapping[str, Tensor]:
         if not hasattr(self, "rejected_in"):
             return {}
         rejected = {

@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from anomaly_lab import turns
 from anomaly_lab.detector import Batch, Detector
 from anomaly_lab.networks import DCGANDecoder, DCGANDiscriminator, DCGANEncoder, init_dcgan
 
@@ -106,7 +105,6 @@ class GANomaly(Detector):
         self.record("discriminator_resets", self.collapsed.clone())
 
     def after_step(self) -> None:
-        turns.settle(self.device)  # the one method that waits for every step; other runs work meanwhile
         if self.collapsed:
             self.discriminator.apply(functools.partial(init_dcgan, generator=self.noise))
 

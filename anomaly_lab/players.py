@@ -1,0 +1,107 @@
+"""Players: the networks that one optimiser moves, and the one move they know.
+
+A training step of an adversarial method is a game: each player goes down the gradient of its own loss, with respect to
+its own parameters. `minimise` is that move; everything else here says which optimiser and which schedule a player has.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from lightning.pytorch.core.optimizer import LightningOptimizer
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
+SchedulerFactory = Callable[[Optimizer], LRScheduler]
+
+
+class Player(NamedTuple):
+    """What one optimiser moves."""
+
+    parameters: list[nn.Parameter]
+    optimizer: Optimizer | LightningOptimizer
+
+
+def parameters_of(networks: Sequence[nn.Module]) -> list[nn.Parameter]:
+    """The parameters of a player's networks, each once; frozen ones among them."""
+    return list(dict.fromkeys(parameter for network in networks for parameter in network.parameters()))
+
+
+def minimise(losses: Mapping[str, Tensor], players: Mapping[str, Player], clip: float | None = None) -> None:
+    """Move each player down the gradient of its own loss, with respect to its own parameters only.
+
+    All gradients are taken before anyone moves, so the players of one mapping play simultaneously. No gradient is left
+    on anybody's parameters: a leftover gradient silently cancels the adversarial term of the published USAD loop.
+    Parameters with ``requires_grad=False`` stay as they are.
+
+    Args:
+        losses: scalars by player. clip: largest L2 norm of one player's gradient; None does not clip.
+    """
+    gradients: dict[str, list[tuple[nn.Parameter, Tensor | None]]] = {}
+    for position, (name, loss) in enumerate(losses.items()):
+        parameters = [parameter for parameter in players[name].parameters if parameter.requires_grad]
+        assert parameters, f"every parameter of the player {name} is frozen, so it has no move"
+        for parameter in parameters:
+            parameter.grad = None
+        loss.backward(inputs=parameters, retain_graph=position < len(losses) - 1)
+        gradients[name] = [(parameter, parameter.grad) for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        assert any(gradient is not None for _, gradient in gradients[name]), f"{name}'s loss never reaches it"
+    for name, pairs in gradients.items():
+        for parameter, gradient in pairs:
+            parameter.grad = gradient
+        if clip is not None:
+            nn.utils.clip_grad_norm_([parameter for parameter, _ in pairs], clip)
+        players[name].optimizer.step()
+        for parameter, _ in pairs:
+            parameter.grad = None
+
+
+class Learning:
+    """How players learn: ``model.optimizer``, ``model.scheduler`` and ``model.clip`` of a configuration.
+
+    Args:
+        optimizer: makes the optimiser of a player from its parameters; or a mapping, one factory a player.
+        scheduler: makes the schedule of an optimiser's learning rate; or a mapping with one, or None, a player. A
+            schedule counts the epochs of those stages in which its player moves: each stage has its own milestones.
+        clip: see `minimise`.
+    """
+
+    def __init__(
+        self,
+        optimizer: OptimizerFactory | Mapping[str, OptimizerFactory] | None = None,
+        scheduler: SchedulerFactory | Mapping[str, SchedulerFactory | None] | None = None,
+        clip: float | None = None,
+    ) -> None:
+        self._optimizer, self._scheduler, self.clip = optimizer or {}, scheduler, clip
+
+    def configure(self, players: Mapping[str, Sequence[nn.Module]]) -> Any:
+        """What Lightning's ``configure_optimizers`` returns: one optimiser a player, in the players' order.
+
+        Raises:
+            ValueError: a player has no optimiser.
+        """
+        optimizers = []
+        for name, networks in players.items():
+            factory = self._optimizer.get(name) if isinstance(self._optimizer, Mapping) else self._optimizer
+            if factory is None:
+                raise ValueError(f"model.optimizer has no entry for the player {name}: give one for each player")
+            optimizers.append(factory(parameters_of(networks)))
+        pairs = zip(players, optimizers, strict=True)
+        made = [make(optimizer) for name, optimizer in pairs if (make := self._schedule_of(name)) is not None]
+        return (optimizers, made) if made else optimizers
+
+    def _schedule_of(self, player: str) -> SchedulerFactory | None:
+        return self._scheduler.get(player) if isinstance(self._scheduler, Mapping) else self._scheduler
+
+
+def step_schedules(schedules: Iterable[Any], players: Mapping[str, Player], moved: Collection[str]) -> None:
+    """One epoch further, for the schedules of the players that ``moved`` in this stage."""
+    moving = {id(getattr(players[name].optimizer, "optimizer", players[name].optimizer)) for name in moved}
+    for schedule in schedules:
+        if id(schedule.optimizer) in moving:
+            schedule.step()
