@@ -30,6 +30,12 @@ def parameters_of(networks: Sequence[nn.Module]) -> list[nn.Parameter]:
     return list(dict.fromkeys(parameter for network in networks for parameter in network.parameters()))
 
 
+def make_players(players: Mapping[str, Sequence[nn.Module]], factory: OptimizerFactory) -> dict[str, Player]:
+    """Each player's networks with an optimiser of its own, for `minimise` without a trainer."""
+    owned = {name: parameters_of(networks) for name, networks in players.items()}
+    return {name: Player(parameters, factory(parameters)) for name, parameters in owned.items()}
+
+
 def minimise(losses: Mapping[str, Tensor], players: Mapping[str, Player], clip: float | None = None) -> None:
     """Move each player down the gradient of its own loss, with respect to its own parameters only.
 

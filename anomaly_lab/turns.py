@@ -248,10 +248,10 @@ def pass_on() -> None:
 
 
 def after_step(detector: Any) -> None:
-    """Between two steps of a detector: its own ``after_step``, where it has one, and a turn for each of the others."""
+    """Between two steps of a detector: its own ``after_step``, and a turn for each of the other runs."""
     if detector.has("after_step"):
-        settle(detector.device)  # the method waits for every step; other runs work meanwhile
-        detector.after_step()
+        settle(detector.device)  # the method reads values of every step; the others work meanwhile
+    detector.after_step()
     pass_on()
 
 

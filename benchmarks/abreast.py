@@ -171,8 +171,7 @@ def _train(cfg: DictConfig, ends: Ends) -> None:
         trainer = run.make_trainer(cfg, data, Path(folder), "", callbacks=[_Epochs(ends)])
         device = trainer.strategy.root_device
         turns.own_stream(device)
-        detector.to(device).seed_noise(run.stream(cfg.seed, "noise"))
-        trainer.fit(detector.train(), datamodule=data)
+        trainer.fit(detector.to(device).train(), datamodule=data)
 
 
 def _configs(overrides: Sequence[str], number: int) -> list[DictConfig]:

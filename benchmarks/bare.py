@@ -65,7 +65,7 @@ PASSES: Mapping[str, str] = {
 def start(cfg: DictConfig, data: OneClassData, device: torch.device) -> Detector:
     """A detector in the state in which a run of ``cfg`` starts to train."""
     detector = run.make_detector(cfg, data.image_shape).to(device)
-    detector.seed_noise(run.stream(cfg.seed, "noise"))
+    detector.randomness.settle(device)
     detector.eval()
     with torch.no_grad():
         detector.before_fit(data.prepared("train").to(device))

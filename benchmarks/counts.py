@@ -28,6 +28,7 @@ from torch.utils.flop_counter import flop_registry
 
 from anomaly_lab import config
 from anomaly_lab.detector import Batch, Detector
+from anomaly_lab.players import Player, minimise, parameters_of
 from anomaly_lab.run import make_detector, make_prepare
 from benchmarks import machine
 
@@ -133,24 +134,30 @@ def make(model: str, device: str = "cpu", *overrides: str) -> tuple[Detector, Ba
     pixels = torch.randint(0, 256, (cfg.model.batch_size, *stored_shape(model)), dtype=torch.uint8, generator=generator)
     x = prepare(pixels)  # (B,C,S,S)
     detector = make_detector(cfg, x.shape[1:]).to(device)
-    detector.seed_noise(0)
+    detector.randomness.restart(0, detector.device)
     if detector.scored_after_fit:
         with torch.no_grad():
             detector.eval().after_fit(x.to(device))
-    made = detector.configure_optimizers() or []
-    optimizers = dict(zip(detector.players(), made[0] if isinstance(made, tuple) else made, strict=True))
-    detector._optimizers_by_player = lambda: optimizers  # type: ignore[method-assign] # there is no trainer to ask
-    batch = Batch(x.to(device), torch.zeros(len(x), dtype=torch.uint8), torch.arange(len(x)).to(device))
+    batch = Batch(x.to(device), torch.arange(len(x)).to(device))
     further: Iterator[Batch] = itertools.repeat(batch)
     detector.next_batch = lambda: next(further)  # type: ignore[method-assign]
     return detector.train(), batch
 
 
-def step(detector: Detector, batch: Batch) -> None:
+def players(detector: Detector) -> dict[str, Player]:
+    """Who moves in `step`, with the optimisers of the configuration."""
+    made = detector.configure_optimizers()
+    networks, optimizers = detector.players(), made[0] if isinstance(made, tuple) else made
+    return {
+        name: Player(parameters_of(owned), optimizer)
+        for (name, owned), optimizer in zip(networks.items(), optimizers, strict=True)
+    }
+
+
+def step(detector: Detector, batch: Batch, moving: Mapping[str, Player]) -> None:
     """One training step: every play, and every player's move."""
-    losses: Mapping[str, Tensor]
     for losses in detector.plays(batch):
-        detector.minimise(losses)
+        minimise(losses, moving, detector.learning.clip)
 
 
 def measure(device: str, quick: bool) -> dict[str, Any]:
@@ -164,10 +171,10 @@ def measure(device: str, quick: bool) -> dict[str, Any]:
     rows = []
     for model in models:
         detector, batch = make(model, where)
-        images = len(batch.x)
+        images, moving = len(batch.x), players(detector)
 
-        def train(detector: Detector = detector, batch: Batch = batch) -> None:
-            step(detector, batch)
+        def train(detector: Detector = detector, batch: Batch = batch, moving: Mapping[str, Player] = moving) -> None:
+            step(detector, batch, moving)
 
         @torch.no_grad()
         def score(detector: Detector = detector, batch: Batch = batch) -> None:

@@ -124,7 +124,7 @@ def against_anomalib(
     """A row: GANomaly's training here and there, by turns."""
     cfg = compose(model, steps, 2, *overrides, device=device, stored=(32, 3))
     data = run.make_data(cfg)
-    pixels = data.part("train", torch.device("cpu"))[0]  # uint8 (N,3,32,32)
+    pixels = torch.from_numpy(data.images.pixels[data.partition.train])  # uint8 (N,3,32,32)
     images = steps * int(cfg.model.batch_size)
     ours, theirs = [], []
     for _ in range(pairs):

@@ -22,7 +22,7 @@ from lightning import Callback, LightningModule, Trainer
 
 from anomaly_lab.data import OneClassData
 from anomaly_lab.datasets import Images
-from anomaly_lab.detector import Detector
+from anomaly_lab.detector import Detector, looking
 from anomaly_lab.run import make_detector, make_prepare, make_trainer, numerics
 from anomaly_lab.splits import Official
 from benchmarks import counts, machine
@@ -81,7 +81,8 @@ class Scorer:
             score_batch_size=cfg.trainer.score_batch_size,
         )
         self.detector: Detector = make_detector(cfg, self.data.image_shape).to(device)
-        self.detector.finish_fit(lambda: self.data.prepared("train").to(device))
+        with looking(self.detector):
+            self.detector.after_fit(self.data.prepared("train").to(device))
         self.device = torch.device(device)
         self._loop = _Loop(self.device)
         self._trainer = make_trainer(cfg, self.data, folder, "", callbacks=[self._loop])

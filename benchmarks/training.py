@@ -133,9 +133,10 @@ def make_bare(cfg: DictConfig, method: str, **adam: bool) -> tuple[Bare, list[to
     data = run.make_data(cfg)
     bare = Bare(method, cfg, data, torch.device(cfg.trainer.accelerator), **adam)
     device = bare.images.device
-    batches = [positions.to(device) for positions in data.training().positions]
+    images = data.train_dataloader()
+    batches = [positions.to(device) for positions in images.order]
     rounds = getattr(bare.detector, "critic_rounds", 0)
-    further = islice(data.further_positions(), rounds * len(batches))
+    further = islice(images.further(), rounds * len(batches))
     return bare, batches, [positions.to(device) for positions in further]
 
 

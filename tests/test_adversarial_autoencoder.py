@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -15,7 +15,8 @@ from test_run import Stop, Weights, comparable, scores
 from torch import Tensor
 
 from anomaly_lab import config, load_run
-from anomaly_lab.detector import Batch, Diverged
+from anomaly_lab.course import Diverged
+from anomaly_lab.detector import Batch
 from anomaly_lab.methods.adversarial_autoencoder import (
     AdversarialAutoencoder,
     DenseAutoencoder,
@@ -63,7 +64,7 @@ def adversarial(model: str = "aae", *overrides: str) -> AdversarialAutoencoder:
 
 def test_the_three_plays_are_reconstruction_critic_and_encoder() -> None:
     made, x = adversarial(), images()
-    made.seed_noise(3)
+    made.randomness.restart(3, made.device)
     plays = made.plays(batch())
     first, second, third = (next(plays) for _ in range(3))
     assert [list(losses) for losses in (first, second, third)] == [["autoencoder"], ["critic"], ["encoder"]]
@@ -124,7 +125,7 @@ def refinement(**buffers: Tensor) -> IterativeTrainingSetRefinement:
 def test_negative_weights_turn_the_losses_of_likely_anomalies_round() -> None:
     made, x = refinement(repelled_index=torch.tensor([2, 5])), images()
     w = torch.tensor([1, 1, -0.5, 1, 1, -0.5, 1, 1])
-    made.seed_noise(3)
+    made.randomness.restart(3, made.device)
     plays = made.plays(batch())
     first, second, third = (next(plays) for _ in range(3))
     error = ((x - made.reconstruct(x)) ** 2).mean(dim=(1, 2, 3))
@@ -143,9 +144,9 @@ def test_rejected_images_are_left_out_of_the_batch_and_the_worst_come_back() -> 
     made = refinement(
         rejected_in=torch.tensor([0, 1, 0, 2, 2, 0]), repelled=torch.tensor([False, True, False, False, True, False])
     )
-    assert made.train_indices(0).tolist() == [0, 1, 2, 4, 5]
+    assert made.train_indices(1).tolist() == [0, 1, 2, 4, 5]
     made.rounds = 2
-    sets = {name: positions.tolist() for name, positions in made.set_aside().items()}
+    sets = {name: positions.tolist() for name, positions in made.rejected_images().items()}
     assert sets == {"round 1": [1], "round 2": [1, 3, 4], "repelled": [1, 4]}
 
 
@@ -155,27 +156,42 @@ def test_the_candidates_with_the_largest_errors_come_back() -> None:
     errors = squared_error(x, made.reconstruct(x))
     candidates = torch.tensor([0, 2, 3, 4, 5])
     made.retrain_quantile = 0.6
-    made.training_set = lambda: Batch(x, torch.zeros(6), torch.arange(6) + 100)  # type: ignore[method-assign]
+    made._images = Images(Batch(x, torch.arange(6) + 100))  # type: ignore[assignment]
     made._repel()
     worst = candidates[errors[candidates].argsort(descending=True)[:2]].sort().values
     assert made.repelled.nonzero().squeeze(1).tolist() == worst.tolist()
     assert made.repelled_index.tolist() == (worst + 100).tolist()
 
 
+class Images(NamedTuple):
+    """The training images of a detector that no trainer fits."""
+
+    all: Batch
+
+    def everything(self) -> Batch:
+        return self.all
+
+
 def test_rounds_are_at_the_start_of_detection_and_evenly_on(monkeypatch: pytest.MonkeyPatch) -> None:
     made, happened = refinement(), []
     made.rounds = 3
     made.plan({"pretrain": 4, "detect": 6, "retrain": 5})
-    monkeypatch.setattr(made, "_reject", lambda number: happened.append((done, f"round {number}")))
-    monkeypatch.setattr(made, "_repel", lambda: happened.append((done, "repel")))
-    for done in range(1, 16):
-        made.after_epoch(done)
-    assert happened == [(4, "round 1"), (6, "round 2"), (8, "round 3"), (10, "repel")]
+    monkeypatch.setattr(made, "_reject", lambda number: happened.append((now, f"round {number}")))
+    monkeypatch.setattr(made, "_repel", lambda: happened.append((now, "repel")))
+
+    def begin(epoch: int) -> None:
+        if made.stages.enter(epoch):
+            made.before_stage(made.stage)
+        made.before_epoch(epoch)
+
+    for now in range(1, 16):
+        begin(now)
+    assert happened == [(5, "round 1"), (7, "round 2"), (9, "round 3"), (11, "repel")]
     happened.clear()
     made.w_anomaly = 0.0
-    for done in range(1, 16):
-        made.after_epoch(done)
-    assert (10, "repel") not in happened, "a weight of 0 leaves them out, in no batch"
+    for now in range(1, 16):
+        begin(now)
+    assert (11, "repel") not in happened, "a weight of 0 leaves them out, in no batch"
 
 
 @pytest.fixture(scope="module")

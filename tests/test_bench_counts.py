@@ -64,15 +64,17 @@ def test_what_is_seen_differently_or_not_written_is_not_moved() -> None:
 
 def test_operations_are_those_of_torchs_counter() -> None:
     detector, batch = counts.make("ganomaly", "cpu", "model.detector.width=4", "model.batch_size=2")
+    moving = counts.players(detector)
     with FlopCounterMode(display=False) as torchs:
-        counts.step(detector, batch)
-    assert cost(lambda: counts.step(detector, batch)).flop == torchs.get_total_flops() > 0
+        counts.step(detector, batch, moving)
+    assert cost(lambda: counts.step(detector, batch, moving)).flop == torchs.get_total_flops() > 0
 
 
 def per_image(model: str) -> tuple[Any, Tensor, float]:
     """A detector of the published size, images, and the MFLOP an image of the lab's training step."""
     detector, batch = counts.make(model, "cpu", "model.batch_size=2")
-    return detector, batch.x, cost(lambda: counts.step(detector, batch)).flop / 2e6
+    moving = counts.players(detector)
+    return detector, batch.x, cost(lambda: counts.step(detector, batch, moving)).flop / 2e6
 
 
 def test_ganomalys_published_loop_costs_072_gflop_an_image_with_two_for_a_multiply_add() -> None:
@@ -132,7 +134,8 @@ def test_scoring_is_the_labs_own_test_pass(tmp_path: Path) -> None:
     assert scorer.batch == 8 and one.images == 20 + len(scorer.data.partition.val) and 0 < one.loop < one.call
     with torch.no_grad():
         expected = scorer.detector.eval().score(scorer.data.prepared("test"))
-    torch.testing.assert_close(scorer.detector.scores_of("test")[0], expected, rtol=1e-4, atol=1e-6)
+    found = torch.from_numpy(scorer.detector.scored.test.score)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
     assert scorer.mflop() == pytest.approx(104.7, rel=0.01), "three networks of 35 MFLOP"
 
 

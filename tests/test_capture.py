@@ -20,8 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from anomaly_lab import config, turns
-from anomaly_lab.capture import WARM_UP, Capture, place_step_counts
+from anomaly_lab.capture import WARM_UP, Capture, count_on_device, counted_on_host
 from anomaly_lab.detector import Batch, Detector
+from anomaly_lab.players import Player, make_players, minimise
 from anomaly_lab.run import make_data, make_detector, make_trainer, run
 
 METHODS: dict[str, list[str]] = {
@@ -73,8 +74,9 @@ def lasting(detector: Detector) -> dict[str, Any]:
     def shown(value: Any) -> Any:
         return tree_map(lambda leaf: leaf.data_ptr() if isinstance(leaf, Tensor) else repr(leaf), value)
 
-    skipped = ("_further", "_stretch", "_parameters", "_buffers", "_modules", "_trainer", "noise")
-    values = {name: shown(value) for name, value in vars(detector).items() if not name.startswith(skipped)}
+    skipped = ("_further", "_parameters", "_buffers", "_modules", "_trainer", "randomness")
+    plain = vars(detector) | vars(detector.course) | vars(detector.stages)
+    values = {name: shown(value) for name, value in plain.items() if not name.startswith(skipped)}
     for part, network in detector.named_modules():
         for name, tensor in [*network.named_parameters(recurse=False), *network.named_buffers(recurse=False)]:
             values[f"{part}.{name}"] = tensor.data_ptr()
@@ -185,12 +187,12 @@ MASKS = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.o
 def test_a_steady_step_never_waits_for_the_device(model: str) -> None:
     random = ["weights=random", "path=null", "sha256=null"] if "squeezenet" in model or model in VGG else []
     cfg = config.compose([f"model={model}", *(f"model.detector.features.{option}" for option in random)])
-    made, given = without_trainer(cfg)
-    loader = make_data(cfg).training()
+    made, given, players = without_trainer(cfg)
+    loader = make_data(cfg).train_dataloader()
     assert made.steady()
     with NeverWait():
         for losses in made.plays(given):
-            made.minimise(losses)
+            minimise(losses, players)
             for player, loss in losses.items():
                 made.record(f"loss_{player}", loss)
         loader.batch(torch.arange(4))
@@ -199,26 +201,24 @@ def test_a_steady_step_never_waits_for_the_device(model: str) -> None:
             waits()
 
 
-def without_trainer(cfg: DictConfig) -> tuple[Detector, Batch]:
+def without_trainer(cfg: DictConfig) -> tuple[Detector, Batch, dict[str, Player]]:
     made = make_detector(cfg, (1, 32, 32)).train()
-    optimizers = {player: torch.optim.SGD(made.player_parameters(player), lr=0.01) for player in made.players()}
-    made._optimizers_by_player = lambda: optimizers  # type: ignore[method-assign,assignment]
     x = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    given = Batch(x, torch.zeros(4, dtype=torch.uint8), torch.arange(4))
+    given = Batch(x, torch.arange(4))
     made.next_batch = lambda: given  # type: ignore[method-assign]
-    return made, given
+    return made, given, make_players(made.players(), functools.partial(torch.optim.SGD, lr=0.01))
 
 
 @pytest.mark.parametrize("model", METHODS)
 def test_in_half_precision_every_play_still_moves_its_players(model: str) -> None:
     """An autocast that caches would let a pass without gradients leave copies that gradients do not come through."""
-    made, given = without_trainer(config.compose([f"model={model}"]))
+    made, given, players = without_trainer(config.compose([f"model={model}"]))
     with MixedPrecision("bf16-mixed", "cpu").autocast_context_manager():
         for losses in made.plays(given):
             before = {name: weight.detach().clone() for name, weight in made.named_parameters()}
-            made.minimise(losses)
+            minimise(losses, players)
             for player in losses:
-                own = {id(weight) for weight in made.player_parameters(player)}
+                own = {id(weight) for weight in players[player].parameters}
                 assert any(not torch.equal(w, before[n]) for n, w in made.named_parameters() if id(w) in own), player
 
 
@@ -237,12 +237,11 @@ def test_half_precision_sees_the_weights_a_play_has_left(tmp_path: Path) -> None
 
     seen: list[float] = []
     made = Twice((1, 8, 8))
-    optimizer = torch.optim.SGD(made.parameters(), lr=0.01)
-    made._optimizers_by_player = lambda: {"layer": optimizer}  # type: ignore[method-assign,assignment,dict-item]
-    given = Batch(torch.ones(2, 1, 8, 8), torch.zeros(2), torch.arange(2))
+    players = make_players(made.players(), functools.partial(torch.optim.SGD, lr=0.01))
+    given = Batch(torch.ones(2, 1, 8, 8), torch.arange(2))
     with MixedPrecision("bf16-mixed", "cpu").autocast_context_manager():
         for losses in made.plays(given):
-            made.minimise(losses)
+            minimise(losses, players)
     assert seen[1] < seen[0]
 
 
@@ -258,18 +257,21 @@ def test_capture_is_said_to_have_no_effect_without_a_gpu(
     assert not any(isinstance(callback, Capture) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
-def test_step_counts_go_where_they_are_needed() -> None:
+def test_a_checkpoint_of_a_captured_run_resumes_without_a_capture() -> None:
     layer = nn.Linear(2, 1)
     adam, sgd = torch.optim.Adam(layer.parameters()), torch.optim.SGD(layer.parameters(), lr=0.1)
     layer(torch.ones(1, 2)).sum().backward()
     adam.step()
-    adam.param_groups[0]["capturable"] = True  # as a checkpoint of a captured run has it
-    place_step_counts([adam, sgd], capturable=False)
-    assert not adam.param_groups[0]["capturable"] and "capturable" not in sgd.param_groups[0]
+    count_on_device([adam, sgd])
+    assert adam.param_groups[0]["capturable"] and "capturable" not in sgd.param_groups[0]
+    kept = counted_on_host(adam.state_dict())
+    adam.load_state_dict(kept)
+    assert not adam.param_groups[0]["capturable"]
     adam.step()  # which would refuse capturable=True for weights on a CPU
     assert [state["step"].item() for state in adam.state.values()] == [2, 2]
+    assert counted_on_host(sgd.state_dict()) == sgd.state_dict()
     with pytest.raises(ValueError, match="cannot capture Adagrad: take Adam"):
-        place_step_counts([sgd, torch.optim.Adagrad(layer.parameters())], capturable=True)
+        count_on_device([sgd, torch.optim.Adagrad(layer.parameters())])
 
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

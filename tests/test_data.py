@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 
-from anomaly_lab.data import AT_ONCE, Loader, OneClassData, Prepare, Stretches, scored_at_once
+from anomaly_lab.batches import Batch
+from anomaly_lab.data import AT_ONCE, STEPS_SECONDS, EpochImages, Loader, OneClassData, Prepare, scored_at_once
 from anomaly_lab.datasets import Images
-from anomaly_lab.detector import Batch
 from anomaly_lab.splits import Pooled
 
 CPU = torch.device("cpu")
@@ -52,21 +54,23 @@ def test_colour_range_and_back() -> None:
     assert Prepare(channels=3).shape(np.zeros((1, 1, 28, 28))) == (3, 32, 32)
 
 
-def loader(count: int, batch_size: int, **options: bool) -> Loader:
+def loader(count: int, batch_size: int) -> Loader:
     index = torch.arange(count) * 10
-    return Loader(
-        pixels(8, 8)[torch.zeros(count).long()], torch.zeros(count), index, Prepare(), batch_size, CPU, **options
-    )
+    return Loader(pixels(8, 8)[torch.zeros(count).long()], index, Prepare(), batch_size, CPU)
 
 
-@pytest.mark.parametrize(
-    ("count", "batch_size", "drop_last", "expected"),
-    [(10, 4, False, [4, 4, 2]), (10, 4, True, [4, 4]), (3, 4, True, [3]), (8, 4, True, [4, 4])],
-)
-def test_lengths_of_batches(count: int, batch_size: int, drop_last: bool, expected: list[int]) -> None:
-    made = loader(count, batch_size, drop_last=drop_last)
+@pytest.mark.parametrize(("count", "expected"), [(10, [4, 4, 2]), (3, [3]), (8, [4, 4])])
+def test_lengths_of_batches(count: int, expected: list[int]) -> None:
+    made = loader(count, 4)
     assert [len(batch.x) for batch in made] == expected and len(made) == len(expected)
-    assert torch.cat([batch.index for batch in made]).tolist() == [10 * i for i in range(sum(expected))]
+    assert torch.cat([batch.index for batch in made]).tolist() == [10 * i for i in range(count)]
+
+
+@pytest.mark.parametrize(("count", "expected"), [(10, [4, 4]), (3, [3]), (8, [4, 4])])
+def test_in_training_an_incomplete_batch_is_left_out_unless_it_is_the_only_one(count: int, expected: list[int]) -> None:
+    made = EpochImages(loader(count, 100), 4, seed=0, epoch_steps=1)
+    assert [len(positions) for positions in made.order] == expected
+    assert len(set(torch.cat(made.order).tolist())) == sum(expected)
 
 
 def images(count: int) -> Images:
@@ -81,7 +85,8 @@ def images(count: int) -> Images:
 
 
 def epoch(data: OneClassData) -> list[Batch]:
-    return [stretch.batch(positions) for stretch in data.train_dataloader() for positions in stretch.positions]
+    images = data.train_dataloader()
+    return [images.batch(positions) for item in images for positions in images.steps(item)]
 
 
 def orders(data: OneClassData) -> list[int]:
@@ -106,31 +111,38 @@ def test_small_sets_are_passed_several_times_an_epoch_each_image_equally_often()
 
 def test_further_batches_never_end_and_are_not_those_of_the_training_order() -> None:
     data = OneClassData(images(30), Pooled(), "zero", Prepare(), batch_size=8)
-    further = [next(positions) for positions in [data.further_positions()] for _ in range(7)]
-    again = data.further_positions()
-    assert all(torch.equal(positions, next(again)) for positions in further)
-    assert data.steps == 2, "seven batches are more than an epoch has"
-    training = [positions.tolist() for stretch in data.train_dataloader() for positions in stretch.positions]
-    assert [positions.tolist() for positions in further[:2]] != training
+    made = data.train_dataloader()
+    further = list(itertools.islice(made.further(), 7))
+    assert all(torch.equal(one, other) for one, other in zip(further, made.further(), strict=False))
+    assert data.steps == len(made.order) == 2, "seven batches are more than an epoch has"
+    assert [positions.tolist() for positions in further[:2]] != [positions.tolist() for positions in made.order]
     assert set(torch.cat(further).tolist()) <= set(range(len(data.partition.train)))
 
 
-@pytest.mark.parametrize("steps", [1, 4, 11, 50])
-def test_stretches_hold_every_step_of_the_epoch_in_order(steps: int) -> None:
-    data = OneClassData(images(20), Pooled(), "zero", Prepare(), batch_size=8, epoch_steps=11)
-    made = list(Stretches(data.training(), steps))
-    assert len(made) == len(Stretches(data.training(), steps)) == -(-11 // steps)
-    assert all(len(stretch.positions) == steps for stretch in made[:-1])
-    given = [stretch.batch(positions) for stretch in made for positions in stretch.positions]
-    for one, other in zip(given, data.training(), strict=True):
-        assert torch.equal(one.index, other.index) and torch.equal(one.x, other.x)
+@pytest.mark.parametrize("seconds", [None, STEPS_SECONDS / 4, STEPS_SECONDS / 11, 1e-9])
+def test_the_items_of_an_epoch_hold_every_step_of_it_in_order(seconds: float | None) -> None:
+    made = OneClassData(images(20), Pooled(), "zero", Prepare(), batch_size=8, epoch_steps=11).train_dataloader()
+    items = iter(made)
+    first = next(items)  # before the epoch begins, as Lightning does
+    made.begin(2, None, seconds)
+    found = [list(item.positions) for item in itertools.chain([first], items)]
+    at_once = max(int(STEPS_SECONDS / seconds), 1) if seconds else 1
+    assert len(found) == -(-11 // at_once) and all(len(steps) == at_once for steps in found[:-1])
+    for one, other in zip(itertools.chain(*found), made.order, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_training_batches_do_not_say_what_their_images_truly_are() -> None:
+    data = OneClassData(images(30), Pooled(), "zero", Prepare(), batch_size=8)
+    assert all(batch.truth is None for batch in epoch(data))
+    assert data.train_dataloader().everything().truth is None
 
 
 def test_held_out_normals_come_before_the_test_images() -> None:
     data = OneClassData(images(30), Pooled(), "zero", Prepare(), batch_size=8)
     val, test = data.test_dataloader()
     assert torch.cat([batch.index for batch in val]).tolist() == data.partition.val.tolist()
-    assert torch.cat([batch.y for batch in test]).tolist() == data.partition.test_truth.tolist()
+    assert torch.cat([batch.truth for batch in test]).tolist() == data.partition.test_truth.tolist()
     assert len(data.val_dataloader()) == 1, "in training the test images are looked at on request only"
     assert data.prepared("test", [1, 0]).shape == (2, 1, 32, 32)
 
@@ -138,10 +150,10 @@ def test_held_out_normals_come_before_the_test_images() -> None:
 @pytest.mark.parametrize("size", [32, 20])
 def test_a_whole_set_is_prepared_in_parts_to_the_same_bits(size: int) -> None:
     data = OneClassData(images(1600), Pooled(), "zero", Prepare(size=size), batch_size=8)
-    stored, _, _ = data.part("train", CPU)
+    stored = torch.from_numpy(data.images.pixels[data.partition.train])
     assert len(stored) > AT_ONCE and len(stored) % AT_ONCE, "more than one part, and a rest"
     assert torch.equal(data.prepared("train"), data.prepare(stored))
-    assert torch.equal(data.training_set(CPU).x, data.prepare(stored))
+    assert torch.equal(data.train_dataloader().everything().x, data.prepare(stored))
 
 
 def test_images_are_scored_in_the_batches_of_the_device_or_the_users() -> None:

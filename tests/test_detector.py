@@ -15,9 +15,11 @@ from sklearn.metrics import roc_auc_score
 from torch import Tensor, nn
 
 from anomaly_lab import datasets, splits
+from anomaly_lab.course import Scored
 from anomaly_lab.data import OneClassData, Prepare
-from anomaly_lab.detector import Batch, Detector, ExactScores
+from anomaly_lab.detector import Batch, Detector
 from anomaly_lab.metrics import evaluate
+from anomaly_lab.players import Learning
 
 
 class Gaussian(Detector):
@@ -72,7 +74,7 @@ class Noisy(Detector):
 
     def __init__(self, image_shape: Sequence[int], **options: Any) -> None:
         super().__init__(image_shape)
-        self.optimise_with(**options)
+        self.learning = Learning(**options)
         self.a, self.b = nn.Linear(1024, 4), nn.Linear(4, 1024)
         self.seen: list[int] = []
         self.rates: list[list[float]] = []
@@ -89,7 +91,7 @@ class Noisy(Detector):
         yield {"second": (self.b(self.a(x)) - x).abs().mean()}
 
     def train_indices(self, epoch: int) -> Tensor:
-        return torch.arange(epoch % 2, 100, 2)
+        return torch.arange((epoch - 1) % 2, 100, 2)
 
     def score(self, x: Tensor) -> Tensor:
         flat = x.flatten(1)
@@ -111,9 +113,6 @@ def trainer(folder: Path, epochs: int) -> Trainer:
         enable_progress_bar=False,
         enable_model_summary=False,
         default_root_dir=folder,
-        num_sanity_val_steps=0,
-        reload_dataloaders_every_n_epochs=1,
-        inference_mode=False,
     )
 
 
@@ -122,18 +121,19 @@ def sgd(rate: float) -> Any:
 
 
 def test_a_method_without_gradients_fits_the_contract(data: OneClassData, tmp_path: Path) -> None:
-    detector, run = Gaussian(data.image_shape), trainer(tmp_path, 1)
-    detector.finish_fit(lambda: data.prepared("train"))
+    detector, run = Gaussian(data.image_shape), trainer(tmp_path, 0)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        run.fit(detector, data)
         rows = run.test(detector, data, verbose=False)
     measured = {name: value for row in rows for name, value in row.items()}
-    score, index = detector.scores_of("test")
-    assert np.array_equal(index.numpy(), data.partition.test)
-    assert measured["auroc"] == pytest.approx(roc_auc_score(data.partition.test_truth, score.numpy()), abs=1e-6)
+    score = detector.scored.test.score
+    assert np.array_equal(detector.scored.test.index, data.partition.test)
+    assert np.array_equal(detector.scored.test.truth, data.partition.test_truth)
+    assert measured["auroc"] == pytest.approx(roc_auc_score(data.partition.test_truth, score), abs=1e-6)
 
-    decided = detector.decisions_of("test")
-    assert decided is not None and torch.equal(decided, score > 0.123)
+    decided = detector.scored.test.decided
+    assert decided is not None and np.array_equal(decided, score > np.float32(0.123))
     by_rule = evaluate(score, data.partition.test_truth, threshold=0.0, decided=decided)
     assert by_rule == evaluate(score, data.partition.test_truth, threshold=0.123)
 
@@ -148,18 +148,17 @@ def test_a_method_without_gradients_fits_the_contract(data: OneClassData, tmp_pa
 
 def test_a_search_for_every_image_at_test_time_runs_in_batches(data: OneClassData, tmp_path: Path) -> None:
     detector, run = Searching(data.image_shape), trainer(tmp_path, 1)
-    detector.finish_fit(lambda: data.prepared("train"))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         run.test(detector, data, verbose=False)
     assert detector.passes == (Searching.STEPS + 1) * sum(len(loader) for loader in data.test_dataloader())
-    x, score = data.prepared("test"), detector.scores_of("test")[0]
+    x, score = data.prepared("test"), torch.from_numpy(detector.scored.test.score)
     with torch.no_grad():
         start = detector.errors(torch.zeros(len(x), 4), x)
         alone = torch.cat([detector.score(one[None]) for one in x[:5]])
     assert (score < start).all(), "the search got nearer to every image"
     torch.testing.assert_close(score[:5], alone, rtol=1e-5, atol=1e-7)
-    assert all(p.grad is None for p in detector.parameters()) and not score.requires_grad
+    assert all(p.grad is None for p in detector.parameters())
 
 
 def test_players_have_their_own_optimisers_and_schedules(data: OneClassData, tmp_path: Path) -> None:
@@ -168,12 +167,12 @@ def test_players_have_their_own_optimisers_and_schedules(data: OneClassData, tmp
         optimizer={"first": sgd(0.01), "second": sgd(0.001)},
         scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.1),
     )
-    detector.seed_noise(1)
+    detector.randomness.restart(1, detector.device)
     trainer(tmp_path, 2).fit(detector, data)
     np.testing.assert_allclose(detector.rates[0], [0.01, 0.001])
     np.testing.assert_allclose(detector.rates[-1], [0.001, 0.0001])
     assert int(detector.epochs_done) == 2 and int(detector.steps_done) == len(detector.rates)
-    assert [set(row) for row in detector.history] == [
+    assert [set(row) for row in detector.course.history] == [
         {"epoch", "loss_first", "loss_second", "seconds", "val_score"}
     ] * 2
 
@@ -189,7 +188,7 @@ def test_noise_continues_from_a_checkpoint(data: OneClassData, tmp_path: Path) -
     def fit(epochs: int, checkpoint: Path | None = None) -> tuple[Noisy, Trainer]:
         torch.manual_seed(0)
         detector, run = Noisy(data.image_shape, optimizer=sgd(0.05)), trainer(tmp_path, epochs)
-        detector.seed_noise(7)
+        detector.randomness.restart(7, detector.device)
         run.fit(detector, data, ckpt_path=checkpoint, weights_only=True)
         return detector, run
 
@@ -213,12 +212,12 @@ def test_a_players_gradient_is_clipped_to_its_norm(data: OneClassData, tmp_path:
 
 
 def test_large_raw_scores_are_not_pushed_through_a_sigmoid() -> None:
-    metric = ExactScores()
+    metric, place = Scored(), torch.arange(5)
     score, truth = torch.tensor([50.0, 60.0, 70.0, 80.0, 90.0]), torch.tensor([0, 1, 0, 1, 1])
-    metric.update(score[:2], truth[:2])
-    metric.update(score[2:], truth[2:])
+    metric.update(score[:2], place[:2], truth[:2])
+    metric.update(score[2:], place[2:], truth[2:])
     assert metric.compute()["auroc"] == pytest.approx(roc_auc_score(truth, score), abs=1e-12)
     metric.reset()
-    metric.update(torch.tensor([float("nan"), 1.0]), torch.tensor([0, 1]))
+    metric.update(torch.tensor([float("nan"), 1.0]), place[:2], torch.tensor([0, 1]))
     with pytest.raises(ValueError, match="image 0"):
         metric.compute()

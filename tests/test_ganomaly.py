@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,8 +14,10 @@ from test_methods import batch, detector, images
 from torch import Tensor, nn
 
 from anomaly_lab import config
-from anomaly_lab.detector import Detector, Diverged
+from anomaly_lab.course import Diverged
+from anomaly_lab.detector import Detector
 from anomaly_lab.methods.ganomaly import GANomaly
+from anomaly_lab.players import Player, make_players, minimise
 from anomaly_lab.run import _batch_norm_leak, make_data, run
 
 TINY = ["model=ganomaly", "model.detector.width=4", "model.budget.epoch_steps=4", "trainer.progress=false"]
@@ -26,9 +29,8 @@ def ganomaly(*overrides: str, shape: tuple[int, int, int] = (1, 32, 32)) -> GANo
     return made
 
 
-def without_trainer(made: GANomaly, lr: float = 0.1) -> None:
-    optimizers = {player: torch.optim.SGD(made.player_parameters(player), lr=lr) for player in made.players()}
-    made._optimizers_by_player = lambda: optimizers  # type: ignore[method-assign,assignment,return-value]
+def sgd(made: GANomaly, lr: float = 0.1) -> dict[str, Player]:
+    return make_players(made.players(), functools.partial(torch.optim.SGD, lr=lr))
 
 
 def test_losses_and_score_are_the_papers_equations() -> None:
@@ -55,9 +57,8 @@ def test_the_players_share_one_pass_and_move_as_if_each_had_its_own() -> None:
     """The authors' order: the generator steps, then the discriminator on images from before that step."""
     made, twin = ganomaly(), ganomaly()
     twin.load_state_dict(made.state_dict())
-    without_trainer(made)
     (losses,) = made.plays(batch())
-    made.minimise(losses)
+    minimise(losses, sgd(made))
 
     x = images()
     fake = twin.decoder(twin.encoder(x)).detach()
@@ -76,16 +77,15 @@ def test_the_players_share_one_pass_and_move_as_if_each_had_its_own() -> None:
 def test_a_collapsed_discriminator_starts_again_from_new_weights_of_the_runs_own_noise() -> None:
     def weights(scale: float, seed: int) -> tuple[torch.Tensor, float]:
         made = ganomaly()
-        made.seed_noise(seed)
-        without_trainer(made, lr=0.0)
+        made.randomness.restart(seed, made.device)
+        players = sgd(made, lr=0.0)
         with torch.no_grad():  # tells real from fake with certainty, or not at all
             made.discriminator.logit[0].weight.zero_()
         made.discriminator.logit.append(Certain(scale))
         for losses in made.plays(batch()):
-            made.minimise(losses)
+            minimise(losses, players)
         made.after_step()
-        total, count = made._means["discriminator_resets"]
-        return made.discriminator.features[0].weight.detach().clone(), (total / count).item()
+        return made.discriminator.features[0].weight.detach().clone(), made.course.means()["discriminator_resets"]
 
     before = ganomaly().discriminator.features[0].weight
     kept, resets = weights(0.0, seed=1)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 import torch
-from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor
 
 from anomaly_lab import config
 from anomaly_lab.detector import Batch, Detector
 from anomaly_lab.methods.shared_autoencoder import EncoderDecoderEncoder, SharedAutoencoder
+from anomaly_lab.players import make_players, minimise, parameters_of
 from anomaly_lab.run import make_detector
 
 # Sizes at which a method is quick to test; each model takes those it has.
@@ -40,11 +41,15 @@ REDUCED = {
 MODELS = sorted(path.stem for path in (config.CONFIG_DIR / "model").glob("*.yaml"))
 
 
+def shrunk(model: str) -> list[str]:
+    """Overrides: the method at a size that is quick to test."""
+    plain = config.compose([f"model={model}"])
+    return [f"model={model}", *(f"{k}={v}" for k, v in SHRINK.items() if OmegaConf.select(plain, k) is not None)]
+
+
 def detector(model: str, *overrides: str, shape: tuple[int, int, int] = (1, 32, 32)) -> Detector:
     """A detector of ``conf/model`` with its batch norms shaken out of their initial state, in train mode."""
-    plain = config.compose([f"model={model}"])
-    smaller = [f"{key}={value}" for key, value in SHRINK.items() if OmegaConf.select(plain, key) is not None]
-    cfg = config.compose([f"model={model}", *smaller, *overrides])
+    cfg = config.compose([*shrunk(model), *overrides])
     made = make_detector(cfg, shape)
     generator = torch.Generator().manual_seed(1)
     for buffer in (b for name, b in made.named_buffers() if name.endswith(("running_mean", "running_var"))):
@@ -61,7 +66,7 @@ def images(count: int = 8, shape: tuple[int, int, int] = (1, 32, 32), seed: int 
 
 
 def batch(count: int = 8) -> Batch:
-    return Batch(images(count), torch.zeros(count, dtype=torch.uint8), torch.arange(count))
+    return Batch(images(count), torch.arange(count))
 
 
 # Every method -------------------------------------------------------------------------------------------------------
@@ -119,9 +124,7 @@ def test_each_play_moves_its_player_by_its_own_gradient_and_nobody_else(model: s
     made = detector(model).double()  # so that a gradient of 1e-8 is still seen
     further = (batch()._replace(x=images(seed=seed).double()) for seed in itertools.count(1))
     made.next_batch = lambda: next(further)  # type: ignore[method-assign]
-    factory = instantiate({"_target_": "torch.optim.SGD", "_partial_": True, "lr": 1.0})
-    optimizers = {player: factory(made.player_parameters(player)) for player in made.players()}
-    made._optimizers_by_player = lambda: optimizers  # type: ignore[method-assign,assignment]  # no Trainer here
+    players = make_players(made.players(), functools.partial(torch.optim.SGD, lr=1.0))
     everything = dict(made.named_parameters())
     plays = 0
     for losses in made.plays(batch()._replace(x=images().double())):
@@ -129,12 +132,12 @@ def test_each_play_moves_its_player_by_its_own_gradient_and_nobody_else(model: s
         before = {name: p.detach().clone() for name, p in everything.items()}
         expected = {name: torch.zeros_like(p) for name, p in everything.items()}
         for player, loss in losses.items():
-            own = {id(p) for p in made.player_parameters(player)}
+            own = {id(p) for p in players[player].parameters}
             names = [name for name, p in everything.items() if id(p) in own]
             found = torch.autograd.grad(loss, [everything[name] for name in names], retain_graph=True)
             for name, gradient in zip(names, found, strict=True):
                 expected[name] += gradient
-        made.minimise(losses)
+        minimise(losses, players)
         for name, parameter in everything.items():
             # SGD at rate 1 moves by exactly the gradient.
             step = before[name] - parameter.detach()
@@ -146,7 +149,7 @@ def test_each_play_moves_its_player_by_its_own_gradient_and_nobody_else(model: s
 @pytest.mark.parametrize("model", MODELS)
 def test_every_parameter_belongs_to_a_player(model: str) -> None:
     made = detector(model)
-    owned = {id(p) for player in made.players() for p in made.player_parameters(player)}
+    owned = {id(p) for networks in made.players().values() for p in parameters_of(networks)}
     assert owned == {id(p) for p in made.parameters()}
 
 
@@ -231,12 +234,11 @@ def moves(update: str) -> list[set[str]]:
     """Which networks move in each play of one step."""
     made = shared(f"model.detector.update={update}", "model.detector.rec_weight_floor=0.75")
     made.epochs_done.fill_(4)
-    made._optimizers_by_player = lambda: optimizers  # type: ignore[method-assign,assignment]
-    optimizers = {player: torch.optim.SGD(made.player_parameters(player), lr=0.1) for player in made.players()}
+    players = make_players(made.players(), functools.partial(torch.optim.SGD, lr=0.1))
     moved = []
     for losses in made.plays(batch()):
         before = {name: p.detach().clone() for name, p in made.named_parameters()}
-        made.minimise(losses)
+        minimise(losses, players)
         moved.append({n.split(".")[0] for n, p in made.named_parameters() if not torch.equal(p, before[n])})
     return moved
 
@@ -257,7 +259,7 @@ def test_who_moves_in_which_play(update: str, expected: list[set[str]]) -> None:
 def test_in_the_simultaneous_game_the_encoders_see_the_reconstruction_alone() -> None:
     made, x = shared("model.detector.update=simultaneous"), images()
     made.epochs_done.fill_(3)
-    (losses,) = made.plays(Batch(x, torch.zeros(8), torch.arange(8)))
+    (losses,) = made.plays(Batch(x, torch.arange(8)))
     p = made.passes(x)
     torch.testing.assert_close(losses["encoders"], made.rec_weight() * (made.loss_rec1(p) + made.loss_rec2(p)))
 
@@ -265,14 +267,13 @@ def test_in_the_simultaneous_game_the_encoders_see_the_reconstruction_alone() ->
 def test_the_second_play_sees_the_networks_the_first_one_moved() -> None:
     made = shared("model.detector.rec_weight_floor=0.75")
     made.epochs_done.fill_(4)
-    optimizers = {player: torch.optim.SGD(made.player_parameters(player), lr=0.5) for player in made.players()}
-    made._optimizers_by_player = lambda: optimizers  # type: ignore[method-assign,assignment]
+    players = make_players(made.players(), functools.partial(torch.optim.SGD, lr=0.5))
 
     def second_loss(play_first: bool) -> Tensor:
         plays = made.plays(batch())
         first = next(plays)
         if play_first:
-            made.minimise(first)
+            minimise(first, players)
         return next(plays)["ede2"].detach()
 
     assert not torch.allclose(second_loss(play_first=False), second_loss(play_first=True), rtol=1e-3)
@@ -308,7 +309,7 @@ def test_the_ablation_rows_leave_out_what_they_say() -> None:
     x1 = ede.decoder1(z)
     assert ede.encoder2 is not None
     image, latent = (x - x1).abs().mean(dim=(1, 2, 3)), (z - ede.encoder2(x1)).abs().mean(dim=1)
-    (losses,) = ede.plays(Batch(x, torch.zeros(8), torch.arange(8)))
+    (losses,) = ede.plays(Batch(x, torch.arange(8)))
     torch.testing.assert_close(losses["ede"], (1.5 * image + 0.7 * latent).mean())
     torch.testing.assert_close(ede.score(x), 0.5 * image + 0.5 * latent)
     assert autoencoder.encoder2 is None

@@ -30,6 +30,7 @@ from anomaly_lab.detector import Batch
 from anomaly_lab.methods import piad
 from anomaly_lab.methods.piad import PIAD, GradientBalance, ResidualBlock
 from anomaly_lab.networks import PerceptualFeatures
+from anomaly_lab.players import make_players, minimise
 from anomaly_lab.run import make_detector, run
 
 TINY = [
@@ -57,7 +58,7 @@ def images(count: int = 4, seed: int = 0, shape: tuple[int, int, int] = (1, 32, 
 
 
 def batch(x: Tensor) -> Batch:
-    return Batch(x, torch.zeros(len(x), dtype=torch.uint8), torch.arange(len(x)))
+    return Batch(x, torch.arange(len(x)))
 
 
 def one_line(error: pytest.ExceptionInfo[BaseException]) -> str:
@@ -193,7 +194,7 @@ def test_the_critics_loss_is_the_papers(space: str) -> None:
         critic, real, fake = made.image_critic, x, made.generator(z).detach()
     else:
         critic, real, fake = made.latent_critic, z, made.encoder(x).detach()
-    made.seed_noise(7)
+    made.randomness.restart(7, made.device)
     found = made.loss_critic(critic, real, fake)
 
     share = torch.rand(4, generator=torch.Generator().manual_seed(7), dtype=torch.float64)
@@ -251,9 +252,9 @@ def test_one_backward_pass_gives_each_network_its_own_gamma() -> None:
     made, x = detector(), images()
     made.balance_encoder.gamma.fill_(3.0)
     made.balance_generator.gamma.fill_(0.2)
-    made.seed_noise(5)
+    made.randomness.restart(5, made.device)
     *_, losses = made.plays(batch(x))
-    made.seed_noise(5)
+    made.randomness.restart(5, made.device)
     for _ in range(2):  # the critics' draws: codes, and a mixture for each of the two
         made.sample(x)
         for _ in range(2):
@@ -424,11 +425,9 @@ def test_features_belong_to_nobody_and_are_in_no_checkpoint(weights_file: tuple[
     assert made.features is not None and not list(made.features.parameters())
     assert not [name for name in made.state_dict() if name.startswith("features.")]
     before = {name: buffer.clone() for name, buffer in made.features.named_buffers()}
-    factory = functools.partial(torch.optim.SGD, lr=0.1)
-    optimizers = {player: factory(made.player_parameters(player)) for player in made.players()}
-    made._optimizers_by_player = lambda: optimizers  # type: ignore[method-assign,assignment]
+    players = make_players(made.players(), functools.partial(torch.optim.SGD, lr=0.1))
     for losses in made.plays(batch(images())):
-        made.minimise(losses)
+        minimise(losses, players)
     for name, buffer in made.features.named_buffers():
         assert torch.equal(buffer, before[name]) and buffer.grad is None, name
 

@@ -22,7 +22,7 @@ from lightning import Callback
 from omegaconf import DictConfig
 
 from anomaly_lab import config, metrics
-from anomaly_lab.detector import Diverged
+from anomaly_lab.course import Diverged
 from anomaly_lab.files import write_whole
 from anomaly_lab.run import make_detector, run, stream
 
@@ -348,7 +348,7 @@ class Toy(Detector):
             yield {"net": (self.net(noisy) - x.flatten(1)).square().mean()}
 
     def train_indices(self, epoch: int) -> Tensor:
-        return torch.arange((100, 40, 100, 60)[epoch % 4])
+        return torch.arange((100, 40, 100, 60)[epoch - 1])
 
     def score(self, x: Tensor) -> Tensor:
         x = (x - self.centre) / self.spread
