@@ -530,9 +530,55 @@ def _data_line(command: str, name: str, overrides: Sequence[str]) -> str:
 
 def report(argv: Sequence[str] | None = None) -> int:
     """``anomaly-lab-report``: tables, figures and tests of difference from finished runs."""
-    from anomaly_lab import results
+    parser = argparse.ArgumentParser(
+        prog="anomaly-lab-report",
+        description="Tables, tests of difference and figures from finished runs, "
+        "as Markdown, CSV, LaTeX and one HTML page.",
+    )
+    parser.add_argument(
+        "runs", nargs="?", default="runs", type=Path, metavar="RUNS", help="folder of runs (default: runs)"
+    )
+    parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: RUNS/report)")
+    parser.add_argument(
+        "--experiment",
+        metavar="NAME",
+        help="only the runs of conf/experiment/NAME.yaml; writes results.csv, figures and README.md "
+        "(default for --out: experiments/NAME); what you write into notes.md there opens the README",
+    )
+    parser.add_argument(
+        "--oracle",
+        action="store_true",
+        help="also show oracle_auroc, which looks at the test labels (an experiment's README always does)",
+    )
+    parser.add_argument(
+        "--status", action="store_true", help="list running, queued, failed, interrupted and missing runs"
+    )
+    parser.add_argument(
+        "--prune",
+        action="store_true",
+        help="instead of a report: reduce the last.ckpt of finished runs to what scores new images",
+    )
+    parser.add_argument(
+        "--dashboard",
+        metavar="ENTITY/PROJECT",
+        help="instead of a report: lay out a workspace for the runs that logger=wandb has sent there",
+    )
+    asked = parser.parse_args(argv)
 
-    return results.main(argv)
+    from anomaly_lab import report
+
+    try:
+        if asked.dashboard:
+            report.save_dashboard(asked.dashboard)
+        elif asked.prune:
+            report.prune(asked.runs)
+        elif asked.status:
+            report.print_states(asked.runs, asked.experiment)
+        else:
+            report.write(asked.runs, asked.out, asked.experiment, asked.oracle)
+    except (ValueError, OSError) as error:
+        return _mistake(parser.prog, str(error))
+    return DONE
 
 
 def score(argv: Sequence[str] | None = None) -> int:

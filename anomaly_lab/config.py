@@ -368,7 +368,6 @@ def finished(cfg: DictConfig) -> dict[str, Any] | None:
     return job(cfg).finished()
 
 
-def expected_runs(experiment: str, overrides: Sequence[str] = ()) -> list[tuple[dict[str, Any], Path]]:
-    """Identity and folder of every run of ``conf/experiment/<experiment>.yaml``."""
-    configs = compose_all(jobs([f"experiment={experiment}", *overrides]))
-    return [(identity(cfg), run_dir(cfg)) for cfg in configs]
+def expected_runs(experiment: str, overrides: Sequence[str] = ()) -> list[Job]:
+    """Every run of ``conf/experiment/<experiment>.yaml``."""
+    return [job(cfg) for cfg in compose_all(jobs([f"experiment={experiment}", *overrides]))]

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import hypothesis
 import pytest
 import torch
+from finished import Runs
 
 from anomaly_lab import cli
 
@@ -50,6 +51,12 @@ def data_dir() -> Path:
 def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder for data sets that a module's tests decode once."""
     return tmp_path_factory.mktemp("data")
+
+
+@pytest.fixture
+def runs(tmp_path: Path) -> Runs:
+    """An empty folder, to be filled with finished runs."""
+    return Runs(tmp_path / "runs")
 
 
 class Said(NamedTuple):

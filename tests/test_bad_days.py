@@ -16,7 +16,7 @@ from conftest import Command, Said
 from lightning import Callback
 from omegaconf import DictConfig
 
-from anomaly_lab import cli, config, results
+from anomaly_lab import cli, config
 from anomaly_lab.predict import load_run
 from anomaly_lab.run import OutOfMemory, load_checkpoint, run
 
@@ -278,8 +278,8 @@ def test_pruned_checkpoints_still_score_and_only_the_optimisers_are_lost(
     images = config.load_images(cfg).pixels[:20]
     expected = load_run(config.run_dir(cfg)).score(images)
 
-    assert results.main([str(tmp_path / "runs"), "--prune"]) == 0
-    assert results.main([str(tmp_path / "others"), "--prune"]) == 0
+    assert cli.report([str(tmp_path / "runs"), "--prune"]) == 0
+    assert cli.report([str(tmp_path / "others"), "--prune"]) == 0
     first, second = capsys.readouterr().out.splitlines()
     after = (config.run_dir(cfg) / "last.ckpt").stat().st_size
     assert after < before / 2
@@ -287,7 +287,7 @@ def test_pruned_checkpoints_still_score_and_only_the_optimisers_are_lost(
     assert second == "pruned 0 of 0 finished runs: 0.0 MB less"
     assert interrupted.read_bytes() == kept, "an unfinished run needs its optimisers"
     assert np.array_equal(load_run(config.run_dir(cfg)).score(images), expected)
-    assert results.main([str(tmp_path / "runs"), "--prune"]) == 0
+    assert cli.report([str(tmp_path / "runs"), "--prune"]) == 0
     assert capsys.readouterr().out == "pruned 0 of 1 finished runs: 0.0 MB less\n"
 
     (config.run_dir(cfg) / "result.json").unlink()

@@ -156,13 +156,17 @@ ALLOWED = {
     "detector": {"capture", "metrics", "turns"},
     "data": {"datasets", "detector", "splits"},
     "tracking": {"files"},
-    "results": {"files", "metrics"},
+    "results": {"files"},
+    "tables": {"results"},
+    "report": {"files", "results", "tables"},
     "run": {"capture", "config", "data", "detector", "figures", "files", "metrics", "tracking", "turns"},
     "predict": {"config", "data", "datasets", "detector", "run"},
     "cli": {"config", "files"},
     "__init__": set(),
 }
-TORCHLESS = {"files", "datasets", "splits", "metrics", "figures", "results", "config", "cli", "turns", "__init__"}
+TORCHLESS = {"files", "datasets", "splits", "metrics", "figures", "config", "cli", "turns", "__init__"} | {
+    *("results", "tables", "report"),
+}
 PACKAGE = Path(config.__file__).parent
 
 

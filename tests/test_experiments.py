@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from anomaly_lab import config, results
+from anomaly_lab import config, report, results
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path.parent for path in (ROOT / "experiments").glob("*/results.csv"))
@@ -23,7 +23,7 @@ def test_a_page_is_made_from_its_results(page: Path) -> None:
     notes = (page / "notes.md").read_text(encoding="utf-8")
     assert "What came out" in notes, "a table without its reasons"
     written = (page / "README.md").read_text(encoding="utf-8")
-    assert results.experiment_readme(frame, notes, results.experiment_command(page.name)) == written
+    assert report.experiment_readme(frame, notes, report.experiment_command(page.name)) == written
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

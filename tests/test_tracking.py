@@ -25,7 +25,7 @@ import yaml
 from lightning import Callback
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
-from anomaly_lab import config, results, tracking
+from anomaly_lab import cli, config, tracking
 from anomaly_lab.run import run
 from anomaly_lab.tracking import Wandb, read_offline
 
@@ -566,7 +566,7 @@ def test_the_dashboard_shows_what_runs_log_and_nothing_that_looked_at_test_label
         threading.Thread(target=server.serve_forever, daemon=True).start()
         monkeypatch.setenv("WANDB_BASE_URL", f"http://127.0.0.1:{server.server_address[1]}")
         monkeypatch.setenv("WANDB_API_KEY", "0" * 40)
-        code = results.main(["--dashboard", "me/lab"])
+        code = cli.report(["--dashboard", "me/lab"])
         server.shutdown()
     assert code == 0, capsys.readouterr().err
     (view,) = views
@@ -585,11 +585,11 @@ def test_the_dashboard_shows_what_runs_log_and_nothing_that_looked_at_test_label
 def test_a_dashboard_that_cannot_be_made_is_one_line(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert results.main(["--dashboard", "lab"]) == 2
+    assert cli.report(["--dashboard", "lab"]) == 2
     assert "give ENTITY/PROJECT" in capsys.readouterr().err
     monkeypatch.setitem(sys.modules, "wandb_workspaces", None)
     monkeypatch.setitem(sys.modules, "wandb_workspaces.workspaces", None)
     monkeypatch.setitem(sys.modules, "wandb_workspaces.reports.v2", None)
-    assert results.main(["--dashboard", "me/lab"]) == 2
+    assert cli.report(["--dashboard", "me/lab"]) == 2
     err = capsys.readouterr().err
     assert err.count("\n") == 1 and "pip install anomaly-lab[dashboard]" in err

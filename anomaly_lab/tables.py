@@ -1,0 +1,197 @@
+"""Tables and tests of difference over the frame of `anomaly_lab.results`: numbers, without a word of how they look."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from anomaly_lab import results
+from anomaly_lab.results import Published
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from anomaly_lab.config import Job
+
+MINIMUM_PAIRS = 6  # with five pairs the smallest two-sided p-value of the signed-rank test is 0.0625
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One method on one class, or on the mean over classes; `mean` is None where there is no run."""
+
+    mean: float | None
+    sd: float | None  # over seeds, n - 1; None with fewer than two
+    present: int
+    expected: int
+    flag: str = ""  # why a mean over classes is not the whole mean
+    oracle: float | None = None  # mean of the best epochs on test, over the same runs
+    honest: float | None = None  # mean AUROC of those runs
+    published: Published | None = None
+    comparable: bool = True  # the published figure is for the same classes
+
+    @property
+    def difference(self) -> float | None:
+        """Ours minus the published figure; None where there is none, or where it is over other classes."""
+        if self.published is None or self.mean is None or not self.comparable:
+            return None
+        return self.mean - self.published.value
+
+    @property
+    def gap(self) -> float | None:
+        """What choosing the epoch on the test labels would have added."""
+        return None if self.oracle is None or self.honest is None else self.oracle - self.honest
+
+
+@dataclass(frozen=True)
+class Row:
+    label: str
+    cells: dict[int | str, Cell]  # by class index, and "mean"
+    seeds: int
+    reduced: bool  # a reduced size, compared with the figure of the full size
+    pretrained: str
+    published_as: str  # the method whose published figures stand beside it, where that is another; else empty
+
+
+@dataclass(frozen=True)
+class Table:
+    dataset: str
+    split: str
+    role: str  # whether the named class is the normal one or the abnormal one
+    classes: dict[int, str]
+    seeds: int  # expected
+    rows: tuple[Row, ...]
+    runs: int
+
+
+def table(frame: pd.DataFrame, dataset: str, split: str, expected: Sequence[Job] = ()) -> Table:
+    """AUROC of all methods on the classes of one protocol, each the mean ± sd over seeds.
+
+    Args:
+        frame: of `results.read` or `results.read_csv`.
+        expected: the grid of an experiment: what is missing is counted against it; without one, against all
+            the seeds that any method of this table has.
+
+    The mean over classes is the mean of the class means; its sd is over the seeds that have all the method's
+    classes. It is flagged where classes or runs are missing, or where nothing says how many classes the protocol has;
+    it is compared with a published mean only where it is known to be over all classes.
+    """
+    part = frame[(frame["dataset"] == dataset) & (frame["split"] == split)]
+    grid: dict[str, dict[int, set[int]]] = {}
+    about: dict[str, Mapping[str, Any]] = {}  # by label: a run, made or planned
+    for job in map(results.planned, expected):
+        if (job["dataset"], job["split"]) == (dataset, split):
+            grid.setdefault(job["label"], {}).setdefault(job["normal_class"], set()).add(job["seed"])
+            about[job["label"]] = job
+    about |= {run["label"]: run for run in part.to_dict("records")}
+    classes = {c: str(c) for wanted in grid.values() for c in wanted}
+    classes |= {int(c): str(n) for c, n in zip(part["normal_class"], part["class_name"], strict=True)}
+    classes = dict(sorted(classes.items()))
+    seeds = {int(seed) for seed in part["seed"]} | {s for wanted in grid.values() for c in wanted.values() for s in c}
+    rows = []
+    for name in sorted(about, key=lambda name: results.natural(name.rstrip("]"))):  # as the frame is sorted
+        run = about[name]
+        own = part[part["label"] == name]
+        figures = {} if run["problem"] else results.published(run["published_as"], dataset, split)
+        cells: dict[int | str, Cell] = {}
+        for c in classes:
+            runs = own[own["normal_class"] == c]
+            wanted = (grid[name].get(c, set()) | set(runs["seed"])) if name in grid else seeds
+            cells[c] = _cell(runs, runs["auroc"].tolist(), len(runs), len(wanted), published=figures.get(c))
+        whole = part["classes"][part["problem"] == run["problem"]].max()  # NaN where no run recorded it
+        cells["mean"] = _mean_cell(own, cells, None if math.isnan(whole) else int(whole), figures.get("mean"))
+        other = run["published_as"] if run["published_as"] != run["method"] else ""
+        rows.append(Row(name, cells, own["seed"].nunique(), run["size"] == "small", run["pretrained"], other))
+    role = str(part["role"].iloc[0]) if len(part) else "normal"
+    return Table(dataset, split, role, classes, len(seeds), tuple(rows), len(part))
+
+
+def _cell(runs: pd.DataFrame, values: list[float], present: int, expected: int, **more: Any) -> Cell:
+    watched = runs[runs["oracle_auroc"].notna()]
+    return Cell(
+        mean=sum(values) / len(values) if values else None,
+        sd=_sd(values),
+        present=present,
+        expected=expected,
+        oracle=float(watched["oracle_auroc"].mean()) if len(watched) else None,
+        honest=float(watched["auroc"].mean()) if len(watched) else None,
+        **more,
+    )
+
+
+def _mean_cell(own: pd.DataFrame, cells: Mapping[int | str, Cell], whole: int | None, figure: Published | None) -> Cell:
+    asked = [cell for cell in cells.values() if cell.expected]
+    have = [cell for cell in cells.values() if cell.mean is not None]
+    present, wanted = sum(cell.present for cell in asked), sum(cell.expected for cell in asked)
+    if not have:
+        flag = ""  # the cell says how many runs there should be
+    elif whole is None:
+        flag = f"{len(have)} of an unknown number of classes"
+    elif len(have) < whole:
+        flag = f"{len(have)}/{whole} classes"
+    elif present < wanted:
+        flag = f"{present}/{wanted} runs"
+    else:
+        flag = ""
+    per_seed = own.groupby("seed")["auroc"].agg(["mean", "size"])
+    complete = per_seed[per_seed["size"] == len(have)]["mean"].tolist()
+    means = [cell.mean for cell in have if cell.mean is not None]
+    all_classes = whole is not None and len(have) >= whole
+    cell = _cell(own, means, present, wanted, flag=flag, published=figure, comparable=all_classes)
+    return replace(cell, sd=_sd(complete))
+
+
+def _sd(values: Sequence[float]) -> float | None:
+    if len(values) < 2:
+        return None
+    mean = sum(values) / len(values)
+    return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+class Comparison(NamedTuple):
+    first: str
+    second: str
+    pairs: int
+    ties: int
+    difference: float  # mean of first - second
+    p: float | None  # None: too few pairs
+    p_holm: float | None
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Holm's step-down correction (Holm 1979): adjusted p-values in the given order."""
+    order = sorted(range(len(p)), key=p.__getitem__)
+    adjusted = [0.0] * len(p)
+    worst = 0.0
+    for rank, index in enumerate(order):
+        worst = max(worst, min(1.0, (len(p) - rank) * p[index]))
+        adjusted[index] = worst
+    return adjusted
+
+
+def significance(frame: pd.DataFrame, dataset: str, split: str) -> list[Comparison]:
+    """Wilcoxon signed-rank tests between methods, paired over the (class, seed) that both have.
+
+    Two-sided and corrected after Holm; pairs without a difference are left out of the test and counted as
+    ties. Below `MINIMUM_PAIRS` pairs that differ there is no p-value, and the comparison does not count in
+    the correction. Methods are compared under the same problem only (see the module's head).
+    """
+    from scipy.stats import wilcoxon
+
+    part = frame[(frame["dataset"] == dataset) & (frame["split"] == split)]
+    found = []
+    for _, same in part.groupby("problem", sort=True):
+        wide = same.pivot(index=["normal_class", "seed"], columns="label", values="auroc")
+        for first, second in itertools.combinations(dict.fromkeys(same["label"]), 2):
+            difference = (wide[first] - wide[second]).dropna()
+            untied = difference[difference.abs() > 1e-12]  # equal to the last bits of a float
+            p = float(wilcoxon(untied).pvalue) if len(untied) >= MINIMUM_PAIRS else None
+            if len(difference):
+                mean = float(difference.mean())
+                found.append(Comparison(first, second, len(difference), len(difference) - len(untied), mean, p, None))
+    tested = [comparison for comparison in found if comparison.p is not None]
+    adjusted = iter(holm([comparison.p for comparison in tested if comparison.p is not None]))
+    return [c if c.p is None else c._replace(p_holm=next(adjusted)) for c in found]

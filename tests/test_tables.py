@@ -1,0 +1,159 @@
+"""Cells, means over classes and tests of difference, against numbers by hand."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from finished import AE, SHARED, Runs, grid, identity
+
+from anomaly_lab import report, results, tables
+
+# -------------------------------------------------------------------------------- tables
+
+
+def test_cell_is_mean_and_sd_over_seeds(runs: Runs) -> None:
+    for seed, auroc in enumerate((0.90, 0.92, 0.97)):
+        runs.add(auroc, seed=seed)
+    cell = runs.table()[AE][0]
+    assert cell.mean == pytest.approx(0.93) and cell.sd == pytest.approx(np.std([0.90, 0.92, 0.97], ddof=1))
+    assert "0.930 ± 0.036 |" in report.markdown(report.sections(results.read(runs.root)))
+
+
+def test_missing_seeds_and_classes_show_in_the_cell_and_the_mean(runs: Runs) -> None:
+    for seed in range(3):
+        for c in range(10):
+            if (seed, c) != (1, 4):
+                runs.add(0.9 + 0.01 * seed, c=c, seed=seed)
+    runs.add(0.8, model=SHARED, c=2)
+    table = runs.table()
+    assert report._cell_text(table[AE][4]) == "0.910 ± 0.014 (2/3)"
+    assert report._cell_text(table[SHARED][2]) == "0.800 (1/3)"
+    assert report._cell_text(table[SHARED][3]) == "0/3"
+    assert report._cell_text(table[AE]["mean"]).endswith("(29/30 runs)")
+    assert report._cell_text(table[SHARED]["mean"]) == "0.800 (1/10 classes)"
+
+
+def test_rows_stand_in_the_order_of_the_frame(runs: Runs) -> None:
+    for size in (None, 256, 4):
+        more = {"model.detector.latent_size": size} if size else {}
+        runs.add(0.9, changed={"model.budget.epochs": 2} | more)
+        runs.add(0.9, model="ede_small", changed=more)
+    frame = results.read(runs.root)
+    assert list(runs.table()) == list(dict.fromkeys(frame["label"]))
+
+
+def test_mean_over_classes_is_the_mean_of_the_class_means(runs: Runs) -> None:
+    values = {(0, 0): 0.8, (1, 0): 0.9, (0, 1): 0.9, (1, 1): 1.0, (0, 2): 0.95}  # (class, seed)
+    for (c, seed), auroc in values.items():
+        runs.add(auroc, c=c, seed=seed)
+    cell = runs.table()[AE]["mean"]
+    assert cell.mean == pytest.approx(((0.8 + 0.9 + 0.95) / 3 + 0.95) / 2)
+    assert cell.sd == pytest.approx(np.std([0.85, 0.95], ddof=1))  # seed 2 lacks a class
+
+
+def test_grid_of_an_experiment_says_what_is_missing(runs: Runs) -> None:
+    runs.add(0.9, c=3, name="three")
+    expected = grid(*(identity(c=c, seed=s) for c in (3, 5) for s in (0, 1)), identity(model=SHARED, c=5))
+    table = runs.table(expected=expected)
+    assert [(cell.present, cell.expected) for cell in table[AE].values()] == [(1, 2), (0, 2), (1, 4)]
+    assert [(cell.present, cell.expected) for cell in table[SHARED].values()] == [(0, 0), (0, 1), (0, 1)]
+
+
+@pytest.mark.parametrize(
+    ("who", "figure"),
+    [
+        ({"split": "pooled"}, None),  # Table 2 is the official split's
+        ({"changed": {"split.contamination.rate": 0.1}}, None),  # another problem
+        ({"changed": {"model.budget.epochs": 3}}, 0.986),
+        ({"model": "unheard_of"}, None),
+    ],
+)
+def test_published_figure_only_for_the_same_problem(runs: Runs, who: dict[str, Any], figure: float | None) -> None:
+    runs.add(0.9, **({"model": SHARED} | who))
+    [cells] = runs.table(split=who.get("split", "official")).values()
+    assert (cells[0].published and cells[0].published.value) == figure
+
+
+def test_mean_over_some_classes_is_not_compared_with_the_published_mean(runs: Runs) -> None:
+    for c in (0, 1, 2):
+        runs.add(0.9, model=SHARED, c=c, split="pooled")
+    cell = runs.table(split="pooled")[SHARED]["mean"]
+    assert cell.published.value == 0.992 and cell.difference is None
+    assert cell.flag == "3/10 classes"
+
+
+@pytest.mark.parametrize(("dataset", "split", "classes"), [("cifar100", "pooled", 100), ("mine", "pooled", 7)])
+def test_a_mean_over_fewer_classes_than_the_protocol_has_is_flagged_for_any_data_set(
+    runs: Runs, dataset: str, split: str, classes: int
+) -> None:
+    for c in (0, 1, 2):
+        runs.add(0.9, dataset=dataset, split=split, c=c, more={"classes": classes})
+    assert runs.table(dataset, split)[AE]["mean"].flag == f"3/{classes} classes"
+
+
+def test_a_mean_is_flagged_where_no_run_recorded_how_many_classes_there_are(runs: Runs) -> None:
+    for c in range(10):
+        _forget_classes(runs.add(0.98, model=SHARED, c=c))
+    cell = runs.table()[SHARED]["mean"]
+    assert cell.flag == "10 of an unknown number of classes"
+    assert cell.published is not None and cell.difference is None
+    _forget_classes(runs.add(0.9, c=3, changed={"split.contamination.rate": 0.1}))
+    runs.add(0.9, c=3)  # the same problem as those of SHARED, so it counts for them too
+    flags = {name: cells["mean"].flag for name, cells in runs.table().items()}
+    assert flags == {
+        AE: "1/10 classes",
+        f"{AE} [split.contamination.rate=0.1]": "1 of an unknown number of classes",
+        SHARED: "",
+    }
+
+
+def _forget_classes(folder: Path) -> None:
+    result = json.loads((folder / "result.json").read_text())
+    del result["classes"]
+    (folder / "result.json").write_text(json.dumps(result))
+
+
+# -------------------------------------------------------------------------------- differences
+
+
+def test_holm_equals_the_example_by_hand() -> None:
+    # sorted .005 .01 .03 .04 times 4 3 2 1: .02 .03 .06 .04, the last raised to the running maximum .06
+    assert tables.holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert tables.holm([0.6, 0.7]) == [1.0, 1.0]
+    assert tables.holm([]) == []
+
+
+def test_significance_pairs_over_common_classes_and_seeds(runs: Runs) -> None:
+    gains = [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, -0.015]
+    for c, gain in enumerate(gains):
+        runs.add(0.8, c=c)
+        runs.add(0.8 + gain, c=c, model=SHARED)
+    runs.add(0.1, c=9)  # no partner
+    [found] = tables.significance(results.read(runs.root), "mnist", "official")
+    # The one loss is the second smallest in size, so its rank sum is 2. Of the 2**8 choices of signs those
+    # with a rank sum of at most 2 are {}, {1}, {2}: p = 2 * 3 / 256.
+    assert (found.first, found.second, found.pairs, found.ties) == (AE, SHARED, 8, 0)
+    assert found.difference == pytest.approx(-np.mean(gains))
+    assert found.p == pytest.approx(6 / 256) and found.p_holm == found.p
+
+
+def test_too_few_pairs_give_no_p_value(runs: Runs) -> None:
+    for c in range(7):
+        runs.add(0.9, c=c)
+        runs.add(0.9 + (0.01 * c if c > 1 else 0), c=c, model=SHARED)
+    [found] = tables.significance(results.read(runs.root), "mnist", "official")
+    assert (found.pairs, found.ties, found.p) == (7, 2, None)  # five differ
+    assert "1 comparison has too few pairs" in report.markdown(report.sections(results.read(runs.root)))
+
+
+def test_methods_are_not_compared_across_problems(runs: Runs) -> None:
+    for c in range(8):
+        runs.add(0.9, c=c)
+        runs.add(0.8, c=c, changed={"split.contamination.rate": 0.1})
+        runs.add(0.7 + 0.01 * c, c=c, model=SHARED, changed={"split.contamination.rate": 0.1})
+    [found] = tables.significance(results.read(runs.root), "mnist", "official")
+    assert "rate=0.1" in found.first and "rate=0.1" in found.second
