@@ -114,7 +114,7 @@ class FittedDetector:
         """``function`` of the prepared images, batch by batch; None if it gives None, or if there are no images."""
         import torch
 
-        from anomaly_lab.run import numerics
+        from anomaly_lab.switches import numerics
 
         found = []
         with torch.no_grad(), numerics(self.result["config"]["trainer"]["precision"]):

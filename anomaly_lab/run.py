@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import fcntl
 import gc
 import hashlib
@@ -36,7 +35,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import nn
 from tqdm import tqdm
 
-from anomaly_lab import config, figures, metrics, tracking, turns
+from anomaly_lab import config, figures, metrics, switches, tracking, turns
 from anomaly_lab.capture import Capture
 from anomaly_lab.data import OneClassData, Prepare, scored_at_once
 from anomaly_lab.detector import Detector, Diverged
@@ -50,8 +49,6 @@ COLLAPSED = 1e-6
 """Reconstructions that differ from image to image by less than that share of their own size are one and the same."""
 
 HARDLY_BEGUN = 100  # steps
-
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 class OutOfMemory(ValueError):
@@ -303,50 +300,6 @@ def make_trainer(
     return trainer
 
 
-@contextmanager
-def numerics(precision: str) -> Iterator[None]:
-    """The global switches of a run's numbers, set back afterwards: ``trainer.precision`` and deterministic algorithms.
-
-    Where an operation has no deterministic algorithm, torch warns. All new memory would be filled with NaN, lest its
-    content be used: a pass over every tensor, of which these kernels overwrite every number anyway.
-    """
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may sum in another order each time
-    filling = torch.utils.deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    deterministic = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.set_float32_matmul_precision("high" if precision == "tf32" else "highest")
-    torch.backends.cudnn.allow_tf32 = precision == "tf32"
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
-        torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
-        torch.use_deterministic_algorithms(deterministic[0], warn_only=deterministic[1])
-
-
-def _threads(cfg: DictConfig) -> None:
-    """All cores for one run; the launcher's share of them where several run side by side."""
-    if cfg.trainer.threads is not None:
-        torch.set_num_threads(cfg.trainer.threads)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-
-
-def keep_freed_memory(most: int = 2**30) -> None:
-    """Let this process keep up to ``most`` free bytes at its heap's end: every step needs the same again.
-
-    glibc gives back what exceeds 64 MB there, and the next step pays for every page anew: up to a tenth of its time.
-    Arrays of 32 MB and more are returned as before. Nothing happens with other C libraries.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_MMAP_THRESHOLD, 2**25)  # where glibc's own ends up: setting the other one stops it from moving
-        mallopt(_M_TRIM_THRESHOLD, most)
-
-
 def _code() -> dict[str, Any]:
     """`config.code`; with ``submitted``, and a warning, where a job runs other code than it was submitted with."""
     now = config.code()
@@ -410,7 +363,10 @@ def run(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> dict[str, Any] |
             if result is not None:
                 return result
             (out / "result.json").unlink(missing_ok=True)  # without the test AUROC that is asked for now
-            with tracking.opened(cfg, out, identity) as tracker, numerics(cfg.trainer.precision):
+            with (
+                tracking.opened(cfg, out, identity) as tracker,
+                switches.of_a_run(cfg.trainer.precision, cfg.trainer.threads),
+            ):
                 try:
                     result = _make(cfg, identity, out, tracker, callbacks)
                 except (torch.OutOfMemoryError, MemoryError) as error:
@@ -495,8 +451,6 @@ def _make(
     callbacks: Sequence[Callback],
 ) -> dict[str, Any]:
     code = _code()  # now: what lies in the checkout when the run ends may be other code
-    _threads(cfg)
-    keep_freed_memory()
     if not 0 < cfg.trainer.threshold_quantile < 1:
         raise ValueError(f"trainer.threshold_quantile={cfg.trainer.threshold_quantile}: give a number between 0 and 1")
     data, split = make_data(cfg), instantiate(cfg.split)

@@ -25,7 +25,7 @@ import numpy as np
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from anomaly_lab import config, run, turns
+from anomaly_lab import config, run, switches, turns
 
 MODELS = ("shared_ae", "ganomaly")
 
@@ -165,7 +165,7 @@ def _mps() -> bool:
 
 def _train(cfg: DictConfig, ends: Ends) -> None:
     """As a run does, as far as training goes."""
-    with tempfile.TemporaryDirectory() as folder, run.numerics(cfg.trainer.precision):
+    with tempfile.TemporaryDirectory() as folder, switches.numerics(cfg.trainer.precision):
         data = run.make_data(cfg)
         detector = run.make_detector(cfg, data.image_shape)
         trainer = run.make_trainer(cfg, data, Path(folder), "", callbacks=[_Epochs(ends)])

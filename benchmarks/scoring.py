@@ -23,8 +23,9 @@ from lightning import Callback, LightningModule, Trainer
 from anomaly_lab.data import OneClassData
 from anomaly_lab.datasets import Images
 from anomaly_lab.detector import Detector
-from anomaly_lab.run import make_detector, make_prepare, make_trainer, numerics
+from anomaly_lab.run import make_detector, make_prepare, make_trainer
 from anomaly_lab.splits import Official
+from anomaly_lab.switches import numerics
 from benchmarks import counts, machine
 
 IMAGES = 10_000

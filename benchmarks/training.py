@@ -1,6 +1,6 @@
 """Throughput of training: the lab against a bare PyTorch loop and against GANomaly's published loop.
 
-The lab trains as a run does (`run.make_data`, `run.make_detector`, `run.make_trainer(...).fit` under `run.numerics`):
+The lab trains as a run does (`build.make_data`, `make_detector`, `make_trainer(...).fit` under `switches.numerics`):
 Lightning, its checks, the recording of losses and the loading and preparation of every batch are counted. Not counted
 are the first epoch, validation, checkpoints and the end of an epoch; an epoch here has as many steps as take half a
 second or so. After each epoch of the lab, within the same process, the baselines train as many steps: `benchmarks.bare`
@@ -22,7 +22,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig
 
-from anomaly_lab import config, run
+from anomaly_lab import config, run, switches
 from anomaly_lab.data import Prepare
 from anomaly_lab.datasets import Digits
 from anomaly_lab.detector import Detector
@@ -89,13 +89,14 @@ class Stopwatch(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(False)
+        before = switches.current()
+        assert before is not None
+        switches.apply(before._replace(deterministic=False))
         for other, costs in zip(self._others, self.theirs, strict=True):
             started = now()
             other()
             costs.append(now().since(started))
-        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        switches.apply(before)
         self._left -= 1
         if not self._left:
             for costs in (self.own, *self.theirs):
@@ -110,7 +111,7 @@ class Stopwatch(Callback):
 
 def fit(cfg: DictConfig, callback: Callback) -> Detector:
     """Train as a run of ``cfg`` would, up to its scoring."""
-    with tempfile.TemporaryDirectory() as out, run.numerics(cfg.trainer.precision), torch.random.fork_rng():
+    with tempfile.TemporaryDirectory() as out, switches.numerics(cfg.trainer.precision), torch.random.fork_rng():
         data = run.make_data(cfg)
         trainer = run.make_trainer(cfg, data, Path(out), "benchmark", callbacks=[callback])
         detector = start(cfg, data, trainer.strategy.root_device)

@@ -147,7 +147,8 @@ ALLOWED = {
     "files": set(),
     "datasets": {"files"},
     "splits": set(),
-    "turns": set(),
+    "switches": set(),
+    "turns": {"switches"},
     "metrics": set(),
     "networks": set(),
     "config": set(),
@@ -157,12 +158,24 @@ ALLOWED = {
     "data": {"datasets", "detector", "splits"},
     "tracking": {"files"},
     "results": {"files", "metrics"},
-    "run": {"capture", "config", "data", "detector", "figures", "files", "metrics", "tracking", "turns"},
+    "run": {"capture", "config", "data", "detector", "figures", "files", "metrics", "switches", "tracking", "turns"},
     "predict": {"config", "data", "datasets", "detector", "run"},
     "cli": {"config", "files"},
     "__init__": set(),
 }
-TORCHLESS = {"files", "datasets", "splits", "metrics", "figures", "results", "config", "cli", "turns", "__init__"}
+TORCHLESS = {
+    "files",
+    "datasets",
+    "splits",
+    "metrics",
+    "figures",
+    "results",
+    "config",
+    "cli",
+    "turns",
+    "switches",
+    "__init__",
+}
 PACKAGE = Path(config.__file__).parent
 
 

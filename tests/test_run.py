@@ -12,16 +12,19 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from conftest import process_state
 from lightning import Callback
 from omegaconf import DictConfig
 
-from anomaly_lab import config, metrics
+from anomaly_lab import config, metrics, switches
 from anomaly_lab.detector import Diverged
 from anomaly_lab.files import write_whole
 from anomaly_lab.run import make_detector, run, stream
@@ -507,17 +510,35 @@ def test_a_schedulers_signal_does_not_publish_a_half_trained_detector(
     assert not list(config.run_dir(cfg).glob("hpc_ckpt*"))
 
 
-def test_global_switches_are_set_back(tmp_path: Path) -> None:
-    before = torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()
-    state = torch.random.get_rng_state()
-    assert run(tiny(tmp_path / "runs", "trainer.precision=tf32", "model.budget.epochs=1")) is not None
-    assert (torch.get_float32_matmul_precision(), torch.are_deterministic_algorithms_enabled()) == before
-    assert torch.equal(torch.random.get_rng_state(), state)
+class Inside(Callback):
+    """Keeps how the process is switched while a run trains, and switches something itself."""
+
+    def on_train_start(self, *_: Any) -> None:
+        torch.backends.cudnn.benchmark = not torch.backends.cudnn.benchmark
+        self.state = process_state()
+
+
+@pytest.mark.parametrize("end", ["finished", "failed"])
+def test_a_run_leaves_its_process_as_it_found_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before, random = process_state(), torch.random.get_rng_state()
+    assert before["threads"] == 1
+    inside = Inside()
+    cfg = tiny(tmp_path / "runs", "trainer.precision=tf32", "trainer.threads=2", "model.budget.epochs=1")
+    if end == "finished":
+        assert run(cfg, [inside]) is not None
+    else:
+        with pytest.raises(RuntimeError, match="stopped"):
+            run(cfg, [inside, Stop(1)])
+    assert process_state() == before
+    assert torch.equal(torch.random.get_rng_state(), random)
+    assert inside.state["threads"] == 2 and inside.state["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
+    assert inside.state["torch"] == ("high", True, not torch.backends.cudnn.benchmark, False, True, True)
 
 
 FREED = """
 import resource, torch
-from anomaly_lab.run import keep_freed_memory
+from anomaly_lab import switches
 
 def faults():
     for repeat in range(12):
@@ -528,8 +549,8 @@ def faults():
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 before = faults()
-keep_freed_memory()
-print(before, faults())
+with switches.resources():
+    print(before, faults())
 """
 
 
@@ -538,6 +559,18 @@ def test_what_a_step_frees_is_there_for_the_next_one() -> None:
     done = subprocess.run([sys.executable, "-c", FREED], capture_output=True, text=True, check=True)
     before, after = map(int, done.stdout.split())
     assert before > 1000 and after < before / 10
+
+
+@pytest.mark.parametrize("end", ["finished", "failed"])
+def test_what_a_run_frees_is_given_back_when_it_is_over(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    """By glibc's word: how much of a heap it can give back depends on what happens to lie at its end."""
+    thresholds: dict[int, int] = {}
+    monkeypatch.setattr(switches.ctypes, "CDLL", lambda _: SimpleNamespace(mallopt=thresholds.__setitem__))
+    with suppress(RuntimeError), switches.of_a_run("32-true", 1):
+        assert thresholds == {-1: 2**30, -3: 2**25}
+        if end == "failed":
+            raise RuntimeError
+    assert thresholds == {-1: 2**26, -3: 2**25}
 
 
 @pytest.fixture(autouse=True)
