@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig
 
-from anomaly_lab import config, run, switches
+from anomaly_lab import build, config, switches
 from anomaly_lab.data import Prepare
 from anomaly_lab.datasets import Digits
 from anomaly_lab.detector import Detector
@@ -112,8 +113,9 @@ class Stopwatch(Callback):
 def fit(cfg: DictConfig, callback: Callback) -> Detector:
     """Train as a run of ``cfg`` would, up to its scoring."""
     with tempfile.TemporaryDirectory() as out, switches.numerics(cfg.trainer.precision), torch.random.fork_rng():
-        data = run.make_data(cfg)
-        trainer = run.make_trainer(cfg, data, Path(out), "benchmark", callbacks=[callback])
+        job = replace(config.job(cfg), out=Path(out))
+        data = build.make_data(job)
+        trainer = build.make_trainer(job, data, "benchmark", callbacks=[callback])
         detector = start(cfg, data, trainer.strategy.root_device)
         trainer.fit(detector, datamodule=data)
     return detector
@@ -131,7 +133,7 @@ def steps_in(seconds: float, model: str, *overrides: str, fewest: int, device: s
 
 def make_bare(cfg: DictConfig, method: str, **adam: bool) -> tuple[Bare, list[torch.Tensor], list[torch.Tensor]]:
     """The bare loop, and the positions of the images of its first epoch: of the batches, and of the further ones."""
-    data = run.make_data(cfg)
+    data = build.make_data(config.job(cfg))
     bare = Bare(method, cfg, data, torch.device(cfg.trainer.accelerator), **adam)
     device = bare.images.device
     batches = [positions.to(device) for positions in data.training().positions]
@@ -150,7 +152,7 @@ def against_loops(
     bare, batches, further = make_bare(cfg, method)
     others: dict[str, Callable[[], object]] = {"bare": lambda: bare.train(batches, further)}
     if method == "ganomaly":
-        published = Published(cfg, run.make_data(cfg), torch.device(cfg.trainer.accelerator))
+        published = Published(cfg, build.make_data(config.job(cfg)), torch.device(cfg.trainer.accelerator))
         chosen = torch.cat(batches)
         others["published"] = lambda: published.train(published.loader(chosen))
     watch = Stopwatch(pairs, list(others.values()))

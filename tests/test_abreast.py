@@ -26,9 +26,10 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from anomaly_lab import cli, config, turns
+from anomaly_lab.build import load_checkpoint
 from anomaly_lab.capture import Capture
 from anomaly_lab.methods.shared_autoencoder import EncoderDecoderEncoder
-from anomaly_lab.run import load_checkpoint, run
+from anomaly_lab.run import run
 
 STEPS = 3
 TINY = f"model.budget.epochs=2 model.budget.epoch_steps={STEPS} model.batch_size=48 trainer.progress=false"

@@ -158,8 +158,10 @@ ALLOWED = {
     "data": {"datasets", "detector", "splits"},
     "tracking": {"files"},
     "results": {"files", "metrics"},
-    "run": {"capture", "config", "data", "detector", "figures", "files", "metrics", "switches", "tracking", "turns"},
-    "predict": {"config", "data", "datasets", "detector", "run"},
+    "build": {"capture", "config", "data", "detector", "files", "turns"},
+    "measure": {"config", "data", "detector", "figures", "metrics"},
+    "run": {"build", "config", "data", "detector", "files", "measure", "switches", "tracking", "turns"},
+    "predict": {"build", "data", "datasets", "detector", "switches"},
     "cli": {"config", "files"},
     "__init__": set(),
 }
