@@ -12,7 +12,7 @@ import json
 import os
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -25,6 +25,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 if TYPE_CHECKING:
     from anomaly_lab.datasets import Images
+    from anomaly_lab.splits import Split
 
 _PACKAGE = Path(__file__).resolve().parent
 _CHECKOUT = _PACKAGE.parent / "conf"
@@ -225,10 +226,6 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
     return _identity_keys(cfg) | {"images": load_images(cfg).sha256}
 
 
-def refuse_other_settings(kept: Mapping[str, Any], cfg: DictConfig, place: Path) -> None:
-    replace(job(cfg), out=place).refuse_other_settings(kept)
-
-
 def changed(cfg: DictConfig) -> dict[str, Any]:
     """Every key that can change a result and differs from the defaults of the chosen groups; empty for a plain run."""
     own = _identity_keys(cfg)
@@ -252,13 +249,24 @@ def load_images(cfg: DictConfig) -> Images:
     return _images(json.dumps(OmegaConf.to_container(cfg.dataset, resolve=True)))
 
 
+@functools.lru_cache(maxsize=16)
+def _protocol(split: str) -> Split:
+    # Below its own name, by which an error tells where a value is missing.
+    return instantiate(OmegaConf.create({"split": json.loads(split)}).split, _convert_="all")
+
+
+def protocol(cfg: DictConfig) -> Split:
+    """The split of ``cfg``, which never changes: one object a process, however often it is asked for."""
+    return _protocol(json.dumps(OmegaConf.to_container(cfg.split, resolve=True)))
+
+
 def target(cfg: DictConfig) -> int:
     """Zero-based index of the class that the run names: the normal one, or with ``one_abnormal`` the abnormal one.
 
     Raises:
         ValueError: the other role's class was given, or a class that is none of the data set's.
     """
-    split = instantiate(cfg.split)
+    split = protocol(cfg)
     role, other = ("normal_class", "abnormal_class")[:: 1 if split.role == "normal" else -1]
     if cfg[other] is not None:
         raise ValueError(f"split={cfg.choices.split} names the {split.role} class: write {role}={cfg[other]}")
@@ -288,6 +296,11 @@ class Job:
     """What makes a run the same run: model, dataset, split, normal_class (an index), seed, and what was changed."""
     out: Path
     """``<runs>/<model>/<dataset>/<split>/n<class>/s<seed>``, with a hash of what was changed where anything was."""
+
+    @property
+    def split(self) -> Split:
+        """The protocol."""
+        return protocol(self.cfg)
 
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
@@ -348,7 +361,7 @@ def job(cfg: DictConfig) -> Job:
         "seed": cfg.seed,
         "changed": changed(cfg),
     }
-    letter = "n" if instantiate(cfg.split).role == "normal" else "a"
+    letter = "n" if protocol(cfg).role == "normal" else "a"
     seed = f"s{own['seed']}"
     if own["changed"]:
         seed += "-" + hashlib.sha256(json.dumps(own["changed"], sort_keys=True).encode()).hexdigest()[:8]

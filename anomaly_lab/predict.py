@@ -114,7 +114,7 @@ class FittedDetector:
         """``function`` of the prepared images, batch by batch; None if it gives None, or if there are no images."""
         import torch
 
-        from anomaly_lab.run import numerics
+        from anomaly_lab.switches import numerics
 
         found = []
         with torch.no_grad(), numerics(self.result["config"]["trainer"]["precision"]):
@@ -175,7 +175,7 @@ def load_run(path: str | Path, device: str = "cpu", data_dir: str | Path | None 
     from hydra.errors import InstantiationException
     from omegaconf import DictConfig
 
-    from anomaly_lab.run import load_checkpoint, make_detector, make_prepare
+    from anomaly_lab.build import load_checkpoint, make_detector, make_prepare
 
     where = _device(device)
     config = result["config"]

@@ -19,6 +19,8 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from anomaly_lab import switches
+
 if TYPE_CHECKING:
     import torch
 
@@ -47,32 +49,6 @@ def _set_random_streams(states: list[tuple[torch.Generator, torch.Tensor]]) -> N
         generator.set_state(state)
 
 
-def _switches() -> tuple[Any, ...] | None:
-    torch = sys.modules.get("torch")
-    if torch is None:
-        return None
-    return (
-        torch.get_float32_matmul_precision(),
-        torch.backends.cudnn.allow_tf32,
-        torch.backends.cudnn.benchmark,
-        torch.utils.deterministic.fill_uninitialized_memory,
-        torch.are_deterministic_algorithms_enabled(),
-        torch.is_deterministic_algorithms_warn_only_enabled(),
-    )
-
-
-def _set_switches(wanted: tuple[Any, ...] | None) -> None:
-    if wanted is None or wanted == _switches():  # setting costs far more than asking
-        return
-    import torch
-
-    matmul, tf32, benchmark, filling, deterministic, warn_only = wanted
-    torch.set_float32_matmul_precision(matmul)
-    torch.backends.cudnn.allow_tf32, torch.backends.cudnn.benchmark = tf32, benchmark
-    torch.utils.deterministic.fill_uninitialized_memory = filling  # type: ignore[attr-defined]
-    torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-
-
 def _filters() -> list[Any]:
     return warnings.filters  # type: ignore[return-value]
 
@@ -83,7 +59,7 @@ def _set_filters(filters: list[Any]) -> None:
 
 OWN: tuple[Own, ...] = (
     (_random_streams, _set_random_streams),
-    (_switches, _set_switches),
+    (switches.current, switches.apply),
     (_filters, _set_filters),
 )
 

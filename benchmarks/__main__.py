@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from anomaly_lab import config, run
+from anomaly_lab import config, switches
 from anomaly_lab.files import write_whole
 
 SECTIONS = ("machine", "training", "peers", "choices", "counts", "scoring", "growth", "startup", "abreast")
@@ -58,6 +58,7 @@ def _cpu() -> str:
     return f"{len(os.sched_getaffinity(0))} × {names[0]}" if names else platform.processor()
 
 
+@switches.resources()  # a run's threads and memory, for what is compared with it too
 def main() -> None:
     from benchmarks import page
 
@@ -71,9 +72,6 @@ def main() -> None:
     given = parser.parse_args()
     if given.device == "gpu" and not torch.cuda.is_available():
         parser.error("no CUDA device here: python -m benchmarks cpu measures the CPU")
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
-    run.keep_freed_memory()  # as a run's process does; so what is compared with it has that too
 
     path = given.out / f"{given.device}.json"
     content: dict[str, Any] = json.loads(path.read_text()) if given.only and path.is_file() else {}

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -25,7 +26,7 @@ import numpy as np
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from anomaly_lab import config, run, turns
+from anomaly_lab import build, config, switches, turns
 
 MODELS = ("shared_ae", "ganomaly")
 
@@ -165,10 +166,11 @@ def _mps() -> bool:
 
 def _train(cfg: DictConfig, ends: Ends) -> None:
     """As a run does, as far as training goes."""
-    with tempfile.TemporaryDirectory() as folder, run.numerics(cfg.trainer.precision):
-        data = run.make_data(cfg)
-        detector = run.make_detector(cfg, data.image_shape)
-        trainer = run.make_trainer(cfg, data, Path(folder), "", callbacks=[_Epochs(ends)])
+    with tempfile.TemporaryDirectory() as folder, switches.numerics(cfg.trainer.precision):
+        job = replace(config.job(cfg), out=Path(folder))
+        data = build.make_data(job)
+        detector = build.make_detector(cfg, data.image_shape)
+        trainer = build.make_trainer(job, data, "", callbacks=[_Epochs(ends)])
         device = trainer.strategy.root_device
         turns.own_stream(device)
         trainer.fit(detector.to(device).train(), datamodule=data)

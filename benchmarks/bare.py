@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from anomaly_lab import run
+from anomaly_lab import build
 from anomaly_lab.data import OneClassData
 from anomaly_lab.detector import Detector
 from anomaly_lab.methods.adversarial_autoencoder import AdversarialAutoencoder, DenseAutoencoder
@@ -64,7 +64,7 @@ PASSES: Mapping[str, str] = {
 
 def start(cfg: DictConfig, data: OneClassData, device: torch.device) -> Detector:
     """A detector in the state in which a run of ``cfg`` starts to train."""
-    detector = run.make_detector(cfg, data.image_shape).to(device)
+    detector = build.make_detector(cfg, data.image_shape).to(device)
     detector.randomness.settle(device)
     detector.eval()
     with torch.no_grad():

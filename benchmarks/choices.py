@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anomaly_lab import run
+from anomaly_lab import switches
 from benchmarks.bare import Bare
 from benchmarks.compare import Cost, now, quartiles
 from benchmarks.training import compose, make_bare, steps_in
@@ -53,25 +53,23 @@ def threads(count: int) -> Iterator[None]:
 @contextmanager
 def deterministic(fill: bool) -> Iterator[None]:
     """The deterministic algorithms that a run asks for, with new memory filled (torch's default) or not."""
-    switches: Any = torch.utils.deterministic
-    before = switches.fill_uninitialized_memory, torch.are_deterministic_algorithms_enabled()
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    switches.fill_uninitialized_memory = fill
+    before = switches.current()
+    assert before is not None
+    switches.apply(before._replace(deterministic=True, warn_only=True, fill_memory=fill))
     try:
         yield
     finally:
-        switches.fill_uninitialized_memory = before[0]
-        torch.use_deterministic_algorithms(before[1], warn_only=True)
+        switches.apply(before)
 
 
 @contextmanager
 def trimmed() -> Iterator[None]:
     """The C library gives freed memory back as it would by itself."""
-    run.keep_freed_memory(2**26)
+    switches.keep_freed_memory(2**26)
     try:
         yield
     finally:
-        run.keep_freed_memory()
+        switches.keep_freed_memory()
 
 
 class Contestant:

@@ -27,9 +27,9 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from anomaly_lab import config
+from anomaly_lab.build import make_detector, make_prepare
 from anomaly_lab.detector import Batch, Detector
 from anomaly_lab.players import Player, minimise, parameters_of
-from anomaly_lab.run import make_detector, make_prepare
 from benchmarks import machine
 
 

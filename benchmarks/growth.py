@@ -100,7 +100,8 @@ def _process(device: str, jobs: list[list[str]]) -> dict[str, Any]:
 def _runs(jobs: list[list[str]]) -> dict[str, Any]:
     """In the new process: make the runs, and look at what it holds after each."""
     from anomaly_lab import config
-    from anomaly_lab.run import peak_memory, run
+    from anomaly_lab.measure import peak_memory
+    from anomaly_lab.run import run
 
     resident, result = [], None
     for job in jobs:

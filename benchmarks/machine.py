@@ -22,6 +22,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from anomaly_lab import switches
+
 Work = Callable[[], object]
 
 
@@ -111,14 +113,13 @@ def repeated(work: Work, device: torch.device, repeats: int) -> list[float]:
 @contextmanager
 def tf32(allowed: bool) -> Iterator[None]:
     """Whether float32 products on a GPU may be rounded to tf32."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high" if allowed else "highest")
-    torch.backends.cudnn.allow_tf32 = allowed
+    before = switches.current()
+    assert before is not None
+    switches.apply(before._replace(matmul_precision="high" if allowed else "highest", cudnn_tf32=allowed))
     try:
         yield
     finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]
+        switches.apply(before)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from anomaly_lab import run
+from anomaly_lab import build, config
 from anomaly_lab.detector import Batch, Detector
 from benchmarks.compare import Cost, contest, now
 from benchmarks.training import Stopwatch, compose, fit
@@ -123,7 +123,7 @@ def against_anomalib(
 ) -> Mapping[str, Any]:
     """A row: GANomaly's training here and there, by turns."""
     cfg = compose(model, steps, 2, *overrides, device=device, stored=(32, 3))
-    data = run.make_data(cfg)
+    data = build.make_data(config.job(cfg))
     pixels = torch.from_numpy(data.images.pixels[data.partition.train])  # uint8 (N,3,32,32)
     images = steps * int(cfg.model.batch_size)
     ours, theirs = [], []
@@ -212,7 +212,7 @@ def against_pyod(
 ) -> Mapping[str, Any]:
     """A row: the same autoencoder's training here and there, by turns."""
     cfg = fully_connected(hidden, batch_size, steps, 2, device)
-    x = run.make_data(cfg).prepared("train").flatten(1).numpy()
+    x = build.make_data(config.job(cfg)).prepared("train").flatten(1).numpy()
     x = x[np.arange(steps * batch_size) % len(x)]
     ours, theirs = [], []
     for _ in range(pairs):

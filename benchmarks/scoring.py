@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 import tempfile
 import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,11 +21,13 @@ import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
 
+from anomaly_lab import config
+from anomaly_lab.build import make_detector, make_prepare, make_trainer
 from anomaly_lab.data import OneClassData
 from anomaly_lab.datasets import Images
 from anomaly_lab.detector import Detector, looking
-from anomaly_lab.run import make_detector, make_prepare, make_trainer, numerics
 from anomaly_lab.splits import Official
+from anomaly_lab.switches import numerics
 from benchmarks import counts, machine
 
 IMAGES = 10_000
@@ -85,7 +88,8 @@ class Scorer:
             self.detector.after_fit(self.data.prepared("train").to(device))
         self.device = torch.device(device)
         self._loop = _Loop(self.device)
-        self._trainer = make_trainer(cfg, self.data, folder, "", callbacks=[self._loop])
+        job = replace(config.job(cfg), out=folder)
+        self._trainer = make_trainer(job, self.data, "", callbacks=[self._loop])
         self.batch = max(len(batch.x) for batch in self.data.test_dataloader()[1])
 
     def __call__(self) -> Pass:

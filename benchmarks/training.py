@@ -1,6 +1,6 @@
 """Throughput of training: the lab against a bare PyTorch loop and against GANomaly's published loop.
 
-The lab trains as a run does (`run.make_data`, `run.make_detector`, `run.make_trainer(...).fit` under `run.numerics`):
+The lab trains as a run does (`build.make_data`, `make_detector`, `make_trainer(...).fit` under `switches.numerics`):
 Lightning, its checks, the recording of losses and the loading and preparation of every batch are counted. Not counted
 are the first epoch, validation, checkpoints and the end of an epoch; an epoch here has as many steps as take half a
 second or so. After each epoch of the lab, within the same process, the baselines train as many steps: `benchmarks.bare`
@@ -13,6 +13,7 @@ from __future__ import annotations
 import functools
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig
 
-from anomaly_lab import config, run
+from anomaly_lab import build, config, switches
 from anomaly_lab.data import Prepare
 from anomaly_lab.datasets import Digits
 from anomaly_lab.detector import Detector
@@ -89,13 +90,14 @@ class Stopwatch(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._stop()
-        deterministic = torch.are_deterministic_algorithms_enabled()
-        torch.use_deterministic_algorithms(False)
+        before = switches.current()
+        assert before is not None
+        switches.apply(before._replace(deterministic=False))
         for other, costs in zip(self._others, self.theirs, strict=True):
             started = now()
             other()
             costs.append(now().since(started))
-        torch.use_deterministic_algorithms(deterministic, warn_only=True)
+        switches.apply(before)
         self._left -= 1
         if not self._left:
             for costs in (self.own, *self.theirs):
@@ -110,9 +112,10 @@ class Stopwatch(Callback):
 
 def fit(cfg: DictConfig, callback: Callback) -> Detector:
     """Train as a run of ``cfg`` would, up to its scoring."""
-    with tempfile.TemporaryDirectory() as out, run.numerics(cfg.trainer.precision), torch.random.fork_rng():
-        data = run.make_data(cfg)
-        trainer = run.make_trainer(cfg, data, Path(out), "benchmark", callbacks=[callback])
+    with tempfile.TemporaryDirectory() as out, switches.numerics(cfg.trainer.precision), torch.random.fork_rng():
+        job = replace(config.job(cfg), out=Path(out))
+        data = build.make_data(job)
+        trainer = build.make_trainer(job, data, "benchmark", callbacks=[callback])
         detector = start(cfg, data, trainer.strategy.root_device)
         trainer.fit(detector, datamodule=data)
     return detector
@@ -130,7 +133,7 @@ def steps_in(seconds: float, model: str, *overrides: str, fewest: int, device: s
 
 def make_bare(cfg: DictConfig, method: str, **adam: bool) -> tuple[Bare, list[torch.Tensor], list[torch.Tensor]]:
     """The bare loop, and the positions of the images of its first epoch: of the batches, and of the further ones."""
-    data = run.make_data(cfg)
+    data = build.make_data(config.job(cfg))
     bare = Bare(method, cfg, data, torch.device(cfg.trainer.accelerator), **adam)
     device = bare.images.device
     images = data.train_dataloader()
@@ -150,7 +153,7 @@ def against_loops(
     bare, batches, further = make_bare(cfg, method)
     others: dict[str, Callable[[], object]] = {"bare": lambda: bare.train(batches, further)}
     if method == "ganomaly":
-        published = Published(cfg, run.make_data(cfg), torch.device(cfg.trainer.accelerator))
+        published = Published(cfg, build.make_data(config.job(cfg)), torch.device(cfg.trainer.accelerator))
         chosen = torch.cat(batches)
         others["published"] = lambda: published.train(published.loader(chosen))
     watch = Stopwatch(pairs, list(others.values()))

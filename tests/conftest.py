@@ -17,7 +17,7 @@ import pytest
 import torch
 from finished import Runs
 
-from anomaly_lab import cli
+from anomaly_lab import cli, switches
 
 hypothesis.settings.register_profile("unhurried", deadline=None)
 hypothesis.settings.load_profile("unhurried")
@@ -26,16 +26,18 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a shell that starts the
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def process_state() -> dict[str, object]:
+    """All that a run switches in its process, as far as it can be read."""
+    variables = {name: os.environ.get(name) for name in switches.VARIABLES}
+    return {"torch": switches.current(), "threads": torch.get_num_threads(), **variables}
+
+
 @pytest.fixture(autouse=True)
-def _global_switches_are_left_as_found() -> Iterator[None]:
+def _the_process_is_left_as_found() -> Iterator[None]:
     """What one test leaves switched on, another would measure."""
-
-    def switches() -> tuple[object, ...]:
-        return torch.are_deterministic_algorithms_enabled(), torch.get_float32_matmul_precision()
-
-    before = switches()
+    before = process_state()
     yield
-    assert switches() == before
+    assert process_state() == before
 
 
 @pytest.fixture(scope="session")

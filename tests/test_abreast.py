@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,15 +20,16 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import Command
+from conftest import Command, process_state
 from lightning import Callback
 from omegaconf import DictConfig
 from torch import Tensor
 
 from anomaly_lab import cli, config, turns
+from anomaly_lab.build import load_checkpoint
 from anomaly_lab.capture import Capture
 from anomaly_lab.methods.shared_autoencoder import EncoderDecoderEncoder
-from anomaly_lab.run import load_checkpoint, run
+from anomaly_lab.run import run
 
 STEPS = 3
 TINY = f"model.budget.epochs=2 model.budget.epoch_steps={STEPS} model.batch_size=48 trainer.progress=false"
@@ -50,13 +51,6 @@ SINGLE = [
     "model=aae_small model.detector.width=8 model.detector.critic_width=8 normal_class=1",  # noise of its own
     f"{DROPPED} normal_class=5 seed=3 trainer.precision=bf16-mixed",
 ]
-
-
-@pytest.fixture(autouse=True)
-def as_many_threads_afterwards() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    yield
-    torch.set_num_threads(threads)
 
 
 def tiny(runs: Path, data: Path, words: str) -> DictConfig:
@@ -191,6 +185,27 @@ def test_each_run_computes_with_its_own_precision(tmp_path: Path, data: Path) ->
     turns.take([partial(run, cfg, [watch]) for cfg, watch in zip(cfgs, watched, strict=True)], at_once=2)
     assert [watch.seen for watch in watched] == [{"high"}, {"highest"}]
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+class Last(Callback):
+    """Keeps how the process is switched at the last step of a run."""
+
+    def on_train_batch_end(self, *_: Any) -> None:
+        self.state = process_state()
+
+
+def test_the_first_run_to_end_leaves_the_others_their_threads_and_their_environment(
+    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
+    before, other = process_state(), torch.get_num_threads() + 1
+    last = [Last(), Last()]
+    words = [f"{SMALL} trainer.threads={other} model.budget.epochs={epochs}" for epochs in (1, 4)]
+    jobs = [partial(run, tiny(tmp_path, data, w), [watch]) for w, watch in zip(words, last, strict=True)]
+    turns.take(jobs, at_once=2)
+    assert process_state() == before
+    assert last[1].state == last[0].state and last[1].state["threads"] == other
+    assert last[1].state["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
 
 
 @pytest.mark.gpu

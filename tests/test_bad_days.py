@@ -17,8 +17,9 @@ from lightning import Callback
 from omegaconf import DictConfig
 
 from anomaly_lab import cli, config
+from anomaly_lab.build import load_checkpoint
 from anomaly_lab.predict import load_run
-from anomaly_lab.run import OutOfMemory, load_checkpoint, run
+from anomaly_lab.run import OutOfMemory, run
 
 TINY = (
     "model.budget.epochs=4 model.budget.epoch_steps=1 model.detector.width=4 trainer.progress=false trainer.threads=1"

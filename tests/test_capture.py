@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
 from anomaly_lab import config, turns
+from anomaly_lab.build import make_data, make_detector, make_trainer
 from anomaly_lab.capture import WARM_UP, Capture, count_on_device, counted_on_host
 from anomaly_lab.detector import Batch, Detector
 from anomaly_lab.players import Player, make_players, minimise
-from anomaly_lab.run import make_data, make_detector, make_trainer, run
+from anomaly_lab.run import run
 
 METHODS: dict[str, list[str]] = {
     "shared_ae_small": ["model.detector.width=4"],
@@ -188,7 +190,7 @@ def test_a_steady_step_never_waits_for_the_device(model: str) -> None:
     random = ["weights=random", "path=null", "sha256=null"] if "squeezenet" in model or model in VGG else []
     cfg = config.compose([f"model={model}", *(f"model.detector.features.{option}" for option in random)])
     made, given, players = without_trainer(cfg)
-    loader = make_data(cfg).train_dataloader()
+    loader = make_data(config.job(cfg)).train_dataloader()
     assert made.steady()
     with NeverWait():
         for losses in made.plays(given):
@@ -249,10 +251,11 @@ def test_capture_is_said_to_have_no_effect_without_a_gpu(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cfg = tiny(tmp_path / "runs", "shared_ae_small", "trainer.capture=true", "trainer.accelerator=cpu")
-    data = make_data(cfg)
+    job = replace(config.job(cfg), out=tmp_path)
+    data = make_data(job)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        trainer = make_trainer(cfg, data, tmp_path, "title")
+        trainer = make_trainer(job, data, "title")
     assert "no GPU to capture steps on" in caplog.text
     assert not any(isinstance(callback, Capture) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 

@@ -4,21 +4,18 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Sequence
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from test_methods import batch, detector, images
-from torch import Tensor, nn
+from torch import nn
 
 from anomaly_lab import config
 from anomaly_lab.course import Diverged
-from anomaly_lab.detector import Detector
 from anomaly_lab.methods.ganomaly import GANomaly
 from anomaly_lab.players import Player, make_players, minimise
-from anomaly_lab.run import _batch_norm_leak, make_data, run
+from anomaly_lab.run import run
 
 TINY = ["model=ganomaly", "model.detector.width=4", "model.budget.epoch_steps=4", "trainer.progress=false"]
 
@@ -156,31 +153,3 @@ def test_the_leak_of_batch_norm_is_measured_apart_and_changes_nothing(tmp_path: 
     assert measured == honest
     assert leak["oracle_sorted_auroc"] != leak["oracle_shuffled_auroc"] != honest["auroc"]
     assert made() | leak == made(), "a finished run is returned as it was measured"
-
-
-class Brightness(Detector):
-    """Scores the mean of an image behind batch norm: perfect when honest, blind in batches of one kind."""
-
-    def __init__(self, image_shape: Sequence[int]) -> None:
-        super().__init__(image_shape)
-        self.norm = nn.BatchNorm1d(1)
-
-    def score(self, x: Tensor) -> Tensor:
-        return self.norm(x.mean((1, 2, 3))[:, None]).squeeze(1)
-
-
-def test_the_leak_is_that_of_a_test_set_sorted_by_truth(tmp_path: Path) -> None:
-    random = np.random.RandomState(0)
-    labels = np.repeat([0, 1], 100)
-    pixels = (60 + 100 * labels[:, None, None, None] + random.randint(0, 40, (200, 1, 8, 8))).astype(np.uint8)
-    arrays = {"images": pixels, "labels": labels, "is_test": np.arange(200) % 100 >= 39}
-    np.savez(tmp_path / "two.npz", **arrays, class_names=np.array(["dark", "bright"]))
-    where = [f"data_dir={tmp_path}", "dataset=npz", "dataset.name=two", f"dataset.path={tmp_path / 'two.npz'}"]
-    # 122 test images in batches of 11: one would be left over, and has no statistics.
-    data = make_data(config.compose([*where, "split=official", "normal_class=dark", "model.batch_size=11"]))
-    made = Brightness(data.image_shape)
-    before = {name: buffer.clone() for name, buffer in made.norm.named_buffers()}
-    found = _batch_norm_leak(made, data, torch.device("cpu"))
-    assert found["oracle_shuffled_auroc"] > 0.95 and found["oracle_sorted_auroc"] < 0.7
-    assert all(torch.equal(buffer, before[name]) for name, buffer in made.norm.named_buffers())
-    assert made.norm.track_running_stats and not made.norm.training

@@ -13,10 +13,10 @@ from omegaconf import OmegaConf
 from torch import Tensor
 
 from anomaly_lab import config
+from anomaly_lab.build import make_detector
 from anomaly_lab.detector import Batch, Detector
 from anomaly_lab.methods.shared_autoencoder import EncoderDecoderEncoder, SharedAutoencoder
 from anomaly_lab.players import make_players, minimise, parameters_of
-from anomaly_lab.run import make_detector
 
 # Sizes at which a method is quick to test; each model takes those it has.
 SHRINK: dict[str, object] = {

@@ -26,12 +26,13 @@ from torchvision import models
 from torchvision.transforms.v2.functional import normalize
 
 from anomaly_lab import cli, config, load_run, networks
+from anomaly_lab.build import make_detector
 from anomaly_lab.detector import Batch
 from anomaly_lab.methods import piad
 from anomaly_lab.methods.piad import PIAD, GradientBalance, ResidualBlock
 from anomaly_lab.networks import PerceptualFeatures
 from anomaly_lab.players import make_players, minimise
-from anomaly_lab.run import make_detector, run
+from anomaly_lab.run import run
 
 TINY = [
     "model.detector.encoder_widths=[4,5,6,7]",

@@ -77,10 +77,10 @@ def test_a_command_that_trains_nothing_imports_nothing_heavy_and_answers_at_once
 
 def test_a_run_is_ready_to_begin_without_the_packages_that_only_some_runs_use(digits: None) -> None:
     program = """
-from anomaly_lab import config, run
+from anomaly_lab import build, config, run
 cfg = config.compose()
-data = run.make_data(cfg)
-run.make_detector(cfg, data.image_shape)
+data = build.make_data(config.job(cfg))
+build.make_detector(cfg, data.image_shape)
 """
     # torchmetrics, which Lightning imports, brings torchvision, SciPy and matplotlib.
     assert imported_by(program).isdisjoint({"sklearn", "pandas", "wandb"})

@@ -1,0 +1,261 @@
+"""From a run's configuration to what it trains with: data, detector, trainer, and the files of its checkpoints."""
+
+from __future__ import annotations
+
+import io
+import logging
+import math
+import sys
+import zipfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import Checkpoint
+from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.pytorch.plugins.io import TorchCheckpointIO
+from omegaconf import DictConfig, OmegaConf
+from tqdm import tqdm
+
+from anomaly_lab import config, turns
+from anomaly_lab.capture import Capture
+from anomaly_lab.config import Job
+from anomaly_lab.data import OneClassData, Prepare
+from anomaly_lab.detector import Detector
+from anomaly_lab.files import write_whole
+from anomaly_lab.players import Learning
+from anomaly_lab.randomness import stream
+
+log = logging.getLogger(__name__)
+
+
+# Data and detector ----------------------------------------------------------------------------------------------------
+
+
+def make_prepare(cfg: DictConfig) -> Prepare:
+    """The preprocessing ``model.input`` describes."""
+    given = OmegaConf.to_container(cfg.model.input, resolve=True)
+    assert isinstance(given, dict)
+    low, high = given.pop("range")
+    return Prepare(value_range=(low, high), **{str(key): value for key, value in given.items()})
+
+
+def make_data(job: Job) -> OneClassData:
+    """The data module of a run, its partition made."""
+    cfg = job.cfg
+    return OneClassData(
+        config.load_images(cfg),
+        job.split,
+        job.identity["normal_class"],
+        make_prepare(cfg),
+        batch_size=cfg.model.batch_size,
+        epoch_steps=cfg.model.budget.epoch_steps,
+        score_batch_size=cfg.trainer.score_batch_size,
+        seed=cfg.seed,
+        watch_test=cfg.trainer.watch_test,
+    )
+
+
+def make_detector(cfg: DictConfig, image_shape: Sequence[int]) -> Detector:
+    """The untrained detector of ``cfg`` for images of shape (C,S,S); same seed, same weights."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(stream(cfg.seed, "weights"))
+        detector = instantiate(cfg.model.detector, image_shape=tuple(image_shape), _convert_="all")
+    if not isinstance(detector, Detector):
+        raise ValueError(f"model={cfg.choices.model}: model.detector._target_ must name a subclass of Detector")
+    optimizer, scheduler = (instantiate(cfg.model[key], _convert_="all") for key in ("optimizer", "scheduler"))
+    detector.learning = Learning(optimizer, scheduler, cfg.model.clip)
+    detector.randomness.follow(cfg.seed)
+    if cfg.trainer.channels_last:
+        detector.to(memory_format=torch.channels_last)
+    detector.plan(_stages(cfg))
+    return detector
+
+
+def _stages(cfg: DictConfig) -> dict[str, int]:
+    """Epochs of each stage of training, in order; empty for methods without stages."""
+    stages = cfg.model.budget.get("stages") or {}
+    if not isinstance(stages, Mapping):
+        raise ValueError("model.budget.stages: give each stage its epochs, such as {pretrain: 50, detect: 100}")
+    for name, epochs in stages.items():
+        if type(epochs) is not int or epochs < 0:
+            raise ValueError(f"model.budget.stages.{name}={epochs}: give a whole number of epochs from 0")
+    return {str(name): int(epochs) for name, epochs in stages.items()}
+
+
+def _epochs(cfg: DictConfig, data: OneClassData) -> int:
+    """The budget in whole epochs; a budget of steps is rounded up."""
+    budget, stages = cfg.model.budget, _stages(cfg)
+    if (budget.epochs is not None) + (budget.steps is not None) + bool(stages) != 1:
+        raise ValueError("give model.budget one of epochs, steps and stages, and null for the others")
+    for name in ("epochs", "steps"):
+        if budget[name] is not None and (type(budget[name]) is not int or budget[name] < 0):
+            raise ValueError(f"model.budget.{name}={budget[name]}: give a whole number from 0")
+    if stages:
+        return sum(stages.values())
+    return int(budget.epochs) if budget.steps is None else math.ceil(budget.steps / data.steps)
+
+
+# Trainer --------------------------------------------------------------------------------------------------------------
+
+
+def make_trainer(
+    job: Job, data: OneClassData, title: str, logger: Any = False, callbacks: Sequence[Callback] = ()
+) -> Trainer:
+    """A Lightning trainer for exactly one run: one device, no state outside of the run's folder."""
+    cfg = job.cfg
+    precision = cfg.trainer.precision
+    if precision not in ("32-true", "tf32", "bf16-mixed"):
+        raise ValueError(f"trainer.precision={precision}: choose 32-true, tf32 or bf16-mixed")
+    every = cfg.trainer.checkpoint_every
+    if type(every) is not int or every < 1:
+        raise ValueError(f"trainer.checkpoint_every={every}: give a whole number of epochs from 1")
+    last = _LastCheckpoint(job.out / "last.ckpt", every, job.settings, cfg.trainer.watch_test)
+    own: list[Callback] = [last, _Turns()]
+    if cfg.trainer.progress:
+        own.append(_Progress(title, data.steps))
+    trainer = Trainer(
+        accelerator=cfg.trainer.accelerator,
+        devices=1,
+        precision="bf16-mixed" if precision == "bf16-mixed" else "32-true",
+        max_epochs=_epochs(cfg, data),
+        callbacks=[*own, *callbacks],
+        # Under Slurm, Lightning's own environment would answer signals with checkpoints that later calls pick up.
+        plugins=[_WholeFiles(), LightningEnvironment()],
+        logger=logger,
+        default_root_dir=job.out,
+        inference_mode=False,  # else every batch is copied, because a score may need gradients
+        num_sanity_val_steps=0,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    if cfg.trainer.capture:
+        if trainer.strategy.root_device.type == "cuda":
+            trainer.callbacks.insert(0, Capture())  # type: ignore[attr-defined]
+        else:
+            log.warning("trainer.capture=true: there is no GPU to capture steps on, so it has no effect")
+    return trainer
+
+
+class _LastCheckpoint(Checkpoint):
+    """``last.ckpt`` every so many epochs. A Checkpoint, because Lightning calls those after everybody else."""
+
+    def __init__(self, path: Path, every: int, settings: Mapping[str, Any], watched: bool) -> None:
+        self._path, self._every, self._settings, self._watched = path, every, settings, watched
+        self._code = [config.code()]  # all that has trained this run, the last one now
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        assert isinstance(pl_module, Detector)
+        history = pl_module.course.history
+        watched = bool(history) and all("oracle_auroc" in row for row in history)  # when nobody watches now, too
+        checkpoint["settings"], checkpoint["watched"] = dict(self._settings), self._watched or watched
+        checkpoint["code"] = self._code
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        now = self._code[-1]
+        earlier = checkpoint.get("code", [{"sha": None, "dirty": None, "diff": None}])  # older ones do not say it
+        self._code = [code for code in earlier if code != now] + [now]
+
+    @property
+    def earlier_code(self) -> list[dict[str, Any]]:
+        return self._code[:-1]
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Detector)
+        if len(pl_module.course.history) % self._every == 0:
+            trainer.save_checkpoint(self._path, weights_only=False)  # "weights only" would drop the optimisers
+
+
+class _Turns(Callback):
+    """Lets the runs that share this process work while this one would wait (`anomaly_lab.turns`)."""
+
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        turns.settle(pl_module.device)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        turns.settle(pl_module.device)  # before values are read, which would block without letting others work
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        turns.pass_on()
+
+    def on_test_batch_end(self, *_: Any) -> None:
+        turns.pass_on()
+
+
+class _Progress(Callback):
+    """One bar for the whole run: epoch, the losses of the last one, and the time left."""
+
+    def __init__(self, title: str, steps: int) -> None:
+        self._title, self._steps = title, steps  # of an epoch
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert trainer.max_epochs is not None and isinstance(pl_module, Detector)
+        screen = sys.stderr.isatty()
+        self._bar = tqdm(
+            initial=int(pl_module.steps_done),
+            total=trainer.max_epochs * self._steps,
+            desc=self._title,
+            unit="step",
+            mininterval=0.5 if screen else 30,  # seconds; a log file needs no animation
+            position=None if screen else 0,  # bars of several runs: one below the other, but not in a log file
+            leave=not turns.shared(),  # their place is needed again, and the line of the result says it all
+        )
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        assert isinstance(pl_module, Detector)
+        self._bar.update(pl_module.step - self._bar.n)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Detector)
+        means = pl_module.course.means() | {"epoch": f"{int(pl_module.epochs_done) + 1}/{trainer.max_epochs}"}
+        self._bar.set_postfix({k.removeprefix("loss_"): v for k, v in means.items()})
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._bar.close()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        if hasattr(self, "_bar"):
+            self._bar.close()
+
+
+# Checkpoints ----------------------------------------------------------------------------------------------------------
+
+
+def write_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
+    """Write ``checkpoint`` beside its place, then rename it. Lightning's own go through TMPDIR, often another disk."""
+    # In memory first: torch's writer would turn a full disk into an error of its own that says nothing.
+    buffer = io.BytesIO()
+    torch.save(checkpoint, buffer)
+    with turns.aside():
+        write_whole(path, lambda file: file.write(buffer.getbuffer()))
+
+
+class _WholeFiles(TorchCheckpointIO):
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        write_checkpoint(Path(path), checkpoint)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """The checkpoint in ``path``, on the CPU, its bytes held to the checksums in the archive.
+
+    torch itself does not look at them: a flipped bit of a weight would be trained on and scored with.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+    # zipfile and torch raise BadZipFile, RuntimeError, UnpicklingError, EOFError, KeyError, ... as the damage wants it.
+    except Exception as error:
+        if isinstance(error, OSError):
+            raise
+        reason = " ".join(str(error).split())[:160]
+        raise ValueError(f"{path} is damaged ({type(error).__name__}: {reason})") from error
+    return checkpoint

@@ -1,0 +1,218 @@
+"""From a fitted detector and its data to numbers, rejected images and pictures.
+
+Legend of the shape comments: M test images, B images in a batch, C channels, S = size the networks see.
+"""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from anomaly_lab import figures, metrics
+from anomaly_lab.config import Job
+from anomaly_lab.course import Diverged
+from anomaly_lab.data import OneClassData
+from anomaly_lab.detector import Detector
+
+COLLAPSED = 1e-6
+"""Relative spread across images below which all reconstructions count as identical."""
+
+HARDLY_BEGUN = 100
+"""Steps before which reconstructions may be identical: initial weights of 0.02 make them so until they have grown."""
+
+
+class Measured(NamedTuple):
+    """What a fitted detector is worth: parts of ``result.json`` and the arrays beside it."""
+
+    metrics: dict[str, float | None]
+    by_kind: dict[str, Any]
+    set_aside: list[dict[str, Any]]  # a row a set of rejected training images, with its true precision and recall
+    sets: dict[str, np.ndarray]  # those images, as indices into the data set; what set_aside.npz holds
+    scores: dict[str, np.ndarray]  # what scores.npz holds
+
+
+def measure(job: Job, detector: Detector, data: OneClassData) -> Measured:
+    """Measure the scores of the detector's last pass over ``data``; with ``trainer.measure_leak`` it scores anew.
+
+    Raises:
+        Diverged: training collapsed: all images have the same score or the same reconstruction.
+    """
+    trainer, partition = job.cfg.trainer, data.partition
+    val_score, score = detector.scored.val.score, detector.scored.test.score
+    assert np.array_equal(detector.scored.test.index, partition.test), (
+        "test images came in another order than they were asked for"
+    )
+    if np.ptp(score) == 0:
+        raise Diverged(f"training collapsed: every test image has the score {score[0]}; lower the learning rate")
+    _refuse_collapse(detector, data)
+    threshold = metrics.threshold_from_normals(val_score, trainer.threshold_quantile)
+    decided = detector.scored.test.decided
+    watched = [row["oracle_auroc"] for row in detector.course.history if "oracle_auroc" in row]
+    found = metrics.evaluate(score, partition.test_truth, threshold=threshold, decided=decided)
+    found |= {"threshold": threshold, "val_score": float(val_score.mean(dtype=np.float64))}
+    found["oracle_auroc"] = max(watched, default=None)
+    if trainer.measure_leak:
+        found |= batch_norm_leak(detector, data)
+    rows, sets = _rejected(detector, data)
+    return Measured(
+        found,
+        _by_kind(job, data, score, threshold, decided),
+        rows,
+        sets,
+        {
+            "score": score.astype(np.float32),
+            "truth": partition.test_truth,
+            "label": data.images.labels[partition.test],
+            "index": partition.test,
+            "val_score": val_score.astype(np.float32),
+        },
+    )
+
+
+def _refuse_collapse(detector: Detector, data: OneClassData) -> None:
+    """Raise where a method that reconstructs gives the same image for every image; no label is looked at."""
+    if int(detector.steps_done) < HARDLY_BEGUN:
+        return
+    images = data.prepared("val", range(min(64, len(data.partition.val)))).to(detector.device)  # (B,C,S,S)
+    with torch.no_grad():
+        rebuilt = detector.reconstruct(images)
+    if rebuilt is None or images.std(0).max() == 0:
+        return
+    if rebuilt.std(0).max() < COLLAPSED * rebuilt.abs().mean():
+        raise Diverged(
+            f"training collapsed: {len(images)} different held-out images have the same reconstruction; "
+            "lower the learning rate"
+        )
+
+
+def _by_kind(
+    job: Job, data: OneClassData, score: np.ndarray, threshold: float | None, decided: np.ndarray | None
+) -> dict[str, Any]:
+    """Metrics on all test normals and some of the anomalies.
+
+    ``auroc`` holds one number for each class of anomalies. Where contaminating classes are named, ``seen`` holds all
+    metrics for those, ``unseen`` for the others; they are named at rate 0 as well, for comparison.
+    """
+    truth, labels = data.partition.test_truth, data.images.labels[data.partition.test]
+    names = data.images.class_names
+
+    def chosen(kinds: Sequence[int]) -> np.ndarray:
+        return (truth == 0) | np.isin(labels, kinds)
+
+    kinds = np.unique(labels[truth == 1]).tolist()
+    found: dict[str, Any] = {
+        "auroc": {names[kind]: metrics.auroc(score[some], truth[some]) for kind in kinds for some in [chosen([kind])]}
+    }
+    if job.split.contamination.classes is not None:
+        seen = job.split.contaminating(data.images, data.target)
+        for name, group in (("seen", seen), ("unseen", [kind for kind in kinds if kind not in seen])):
+            some = chosen(group)
+            if truth[some].any():
+                rule = None if decided is None else decided[some]
+                found[name] = metrics.evaluate(score[some], truth[some], threshold=threshold, decided=rule)
+    return found
+
+
+def _rejected(detector: Detector, data: OneClassData) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """The sets of training images that the method took for anomalies: how right it was, and which they are."""
+    partition, rows, sets = data.partition, [], {}
+    anomalous = int(partition.train_truth.sum())
+    for name, chosen in detector.rejected_images().items():
+        positions = chosen.cpu().numpy()
+        right = int(partition.train_truth[positions].sum())
+        rows.append(
+            {
+                "name": name,
+                "images": len(positions),
+                "precision": right / len(positions) if len(positions) else None,
+                "recall": right / anomalous if anomalous else None,
+            }
+        )
+        sets[name] = partition.train[positions]
+    return rows, sets
+
+
+def batch_norm_leak(detector: Detector, data: OneClassData) -> dict[str, float]:
+    """AUROC of scores taken with batch norm in training mode: on the test set mixed, and sorted by truth.
+
+    The second is what published code of GANomaly's family does: a batch of only normals, or only anomalies, is
+    normalised by its own statistics, so its members' scores depend on their neighbours' label. Never a result.
+    """
+    layers = [module for module in detector.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    tracking_statistics = [layer.track_running_stats for layer in layers]
+    loader, truth = data.loader("test"), torch.from_numpy(data.partition.test_truth)
+    by_truth = torch.argsort(truth, stable=True)
+    mixed = torch.from_numpy(np.random.RandomState(0).permutation(len(truth)))
+    found = {}
+    try:
+        detector.eval()
+        for layer in layers:
+            layer.train()
+            layer.track_running_stats = False  # they stay as they are
+        for name, order in (("oracle_shuffled_auroc", mixed), ("oracle_sorted_auroc", by_truth)):
+            batches = list(order.to(loader.pixels.device).split(data.batch_size))
+            if len(batches) > 1 and len(batches[-1]) == 1:  # of which there are no statistics
+                batches[-2:] = [torch.cat(batches[-2:])]
+            with torch.no_grad():
+                score = torch.cat([detector.score(loader.batch(some).x).float() for some in batches])
+            found[name] = metrics.auroc(score.cpu().numpy(), truth.numpy()[order.numpy()])
+    finally:
+        for layer, tracked in zip(layers, tracking_statistics, strict=True):
+            layer.track_running_stats = tracked
+        detector.eval()
+    return found
+
+
+def draw(detector: Detector, data: OneClassData, score: np.ndarray, result: Mapping[str, Any], folder: Path) -> None:
+    """Write the run's pictures: curves and histograms of ``score`` (M,) and ``result``, reconstructions of examples."""
+    identity, measured, truth = result["identity"], result["metrics"], data.partition.test_truth
+    title = f"{identity['model']}, {identity['dataset']} {identity['split']}, {result['role']}: {result['class_name']}"
+    interval = (measured["auroc_low"], measured["auroc_high"])
+    figures.save(figures.roc(score, truth, interval, title), folder / "roc.png")
+    figures.save(figures.score_histogram(score, truth, measured["threshold"], title), folder / "scores.png")
+    if result["history"]:
+        figures.save(figures.training_curves(result["history"], title), folder / "training.png")
+    chosen: list[int] = []
+    captions: list[str] = []
+    for kind, name in enumerate(("normal", "anomalous")):
+        members = np.flatnonzero(truth == kind)
+        ranked = members[np.argsort(score[members], kind="stable")]
+        count = min(4, len(ranked) // 2)
+        for end, some in (("most normal", ranked[:count]), ("most anomalous", ranked[len(ranked) - count :])):
+            chosen += some.tolist()
+            captions += [f"{name} images, {end}"] * count
+    if not chosen:
+        return
+    x = data.prepared("test", chosen).to(detector.device)
+    with torch.no_grad():
+        reconstruction, maps = detector.reconstruct(x), detector.anomaly_map(x)
+    grid = figures.reconstruction_grid(
+        data.prepare.displayable(x).cpu().numpy(),
+        None if reconstruction is None else data.prepare.displayable(reconstruction).cpu().numpy(),
+        None if maps is None else maps.cpu().numpy(),
+        score[chosen],
+        captions,
+    )
+    figures.save(grid, folder / "reconstructions.png")
+
+
+def used(device: torch.device) -> tuple[str, float]:
+    """The device's name and the peak of memory on it, in MB (on the CPU: of the process)."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device) / 2**20
+    return device.type, peak_memory()
+
+
+def peak_memory() -> float:
+    """Most memory that this process has held, in MB: what it was before its program was loaded is not its own."""
+    try:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**10
+    except (OSError, StopIteration):  # not Linux
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10

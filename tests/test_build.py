@@ -1,0 +1,52 @@
+"""What a run is built from: weights by their seed, budgets, layouts and precisions."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_run import scores, tiny
+
+from anomaly_lab.build import make_detector, stream
+from anomaly_lab.run import run
+
+
+def test_streams_are_independent_and_fixed() -> None:
+    assert stream(0, "weights") != stream(0, "noise") != stream(1, "noise")
+    assert stream(0, "weights") == 6699829313034778310  # pinned: every published run depends on it
+
+
+def test_another_layout_of_weights_changes_the_order_of_sums_and_nothing_else(tmp_path: Path) -> None:
+    found = []
+    for layout in ("false", "true"):
+        cfg = tiny(
+            tmp_path / layout, "model=ganomaly_small", "model.budget.epochs=1", f"trainer.channels_last={layout}"
+        )
+        detector = make_detector(cfg, (1, 32, 32))
+        last = detector.encoder[2].weight.is_contiguous(memory_format=torch.channels_last)
+        assert last is (layout == "true")
+        run(cfg)
+        found.append(scores(cfg)["score"])
+    np.testing.assert_allclose(found[1], found[0], rtol=0.02)
+
+
+def test_a_budget_of_steps_is_rounded_up_to_epochs(tmp_path: Path) -> None:
+    result = run(tiny(tmp_path / "runs", "model.budget.epochs=null", "model.budget.steps=4"))
+    assert result is not None and result["epochs"] == 2 and result["steps"] == 6
+
+
+def test_stages_are_refused_by_methods_without_any(tmp_path: Path) -> None:
+    cfg = tiny(tmp_path / "runs", "model.budget.epochs=null", "+model.budget.stages={a:3}")
+    with pytest.raises(ValueError, match=r"no stages, give model\.budget\.epochs or steps"):
+        run(cfg)
+
+
+@pytest.mark.parametrize("precision", ["bf16-mixed", "tf32"])
+def test_other_precisions_train_and_are_other_runs(tmp_path: Path, precision: str) -> None:
+    cfg = tiny(tmp_path / "runs", f"trainer.precision={precision}", "model.budget.epochs=1")
+    result = run(cfg)
+    assert result is not None and math.isfinite(result["metrics"]["auroc"])
+    assert result["identity"]["changed"]["trainer.precision"] == precision

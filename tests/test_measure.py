@@ -1,0 +1,79 @@
+"""What is measured of a fitted detector: collapse without labels, and the leak of batch norm."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from anomaly_lab import config
+from anomaly_lab.build import make_data
+from anomaly_lab.course import Diverged
+from anomaly_lab.data import OneClassData
+from anomaly_lab.detector import Detector
+from anomaly_lab.measure import HARDLY_BEGUN, _refuse_collapse, batch_norm_leak
+
+
+class Shrunk(Detector):
+    """Sees so much of an image, before the mean of everything."""
+
+    def __init__(self, image_shape: Sequence[int], share: float) -> None:
+        super().__init__(image_shape)
+        self.share = share
+        self.steps_done.fill_(HARDLY_BEGUN)
+
+    def score(self, x: Tensor) -> Tensor:
+        return x.mean((1, 2, 3))
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        return 1 + self.share * x
+
+
+@pytest.fixture(scope="module")
+def digits(data: Path) -> OneClassData:
+    return make_data(config.job(config.compose([f"data_dir={data}"])))
+
+
+def test_one_reconstruction_for_all_images_is_a_collapse(digits: OneClassData) -> None:
+    with pytest.raises(Diverged, match="have the same reconstruction"):
+        _refuse_collapse(Shrunk(digits.image_shape, 1e-8), digits)
+    _refuse_collapse(Shrunk(digits.image_shape, 1e-3), digits)
+
+
+def test_a_detector_that_has_hardly_begun_is_not_collapsed(digits: OneClassData) -> None:
+    made = Shrunk(digits.image_shape, 1e-8)
+    made.steps_done -= 1
+    _refuse_collapse(made, digits)
+
+
+class Brightness(Detector):
+    """Scores the mean of an image behind batch norm: perfect when honest, blind in batches of one kind."""
+
+    def __init__(self, image_shape: Sequence[int]) -> None:
+        super().__init__(image_shape)
+        self.norm = nn.BatchNorm1d(1)
+
+    def score(self, x: Tensor) -> Tensor:
+        return self.norm(x.mean((1, 2, 3))[:, None]).squeeze(1)
+
+
+def test_the_leak_is_that_of_a_test_set_sorted_by_truth(tmp_path: Path) -> None:
+    random = np.random.RandomState(0)
+    labels = np.repeat([0, 1], 100)
+    pixels = (60 + 100 * labels[:, None, None, None] + random.randint(0, 40, (200, 1, 8, 8))).astype(np.uint8)
+    arrays = {"images": pixels, "labels": labels, "is_test": np.arange(200) % 100 >= 39}
+    np.savez(tmp_path / "two.npz", **arrays, class_names=np.array(["dark", "bright"]))
+    where = [f"data_dir={tmp_path}", "dataset=npz", "dataset.name=two", f"dataset.path={tmp_path / 'two.npz'}"]
+    # 122 test images in batches of 11: one would be left over, and has no statistics.
+    cfg = config.compose([*where, "split=official", "normal_class=dark", "model.batch_size=11"])
+    data = make_data(config.job(cfg))
+    made = Brightness(data.image_shape)
+    before = {name: buffer.clone() for name, buffer in made.norm.named_buffers()}
+    found = batch_norm_leak(made, data)
+    assert found["oracle_shuffled_auroc"] > 0.95 and found["oracle_sorted_auroc"] < 0.7
+    assert all(torch.equal(buffer, before[name]) for name, buffer in made.norm.named_buffers())
+    assert made.norm.track_running_stats and not made.norm.training
