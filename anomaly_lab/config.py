@@ -289,6 +289,11 @@ class Job:
     out: Path
     """``<runs>/<model>/<dataset>/<split>/n<class>/s<seed>``, with a hash of what was changed where anything was."""
 
+    @property
+    def path(self) -> str:
+        """The run's folder below ``runs``, as reports name it."""
+        return self.out.relative_to(self.cfg.runs).as_posix()
+
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """Every key that can change a result with its value, and the checksum of the images. Decodes the data set."""
@@ -368,7 +373,6 @@ def finished(cfg: DictConfig) -> dict[str, Any] | None:
     return job(cfg).finished()
 
 
-def expected_runs(experiment: str, overrides: Sequence[str] = ()) -> list[tuple[dict[str, Any], Path]]:
-    """Identity and folder of every run of ``conf/experiment/<experiment>.yaml``."""
-    configs = compose_all(jobs([f"experiment={experiment}", *overrides]))
-    return [(identity(cfg), run_dir(cfg)) for cfg in configs]
+def expected_runs(experiment: str, overrides: Sequence[str] = ()) -> list[Job]:
+    """Every run of ``conf/experiment/<experiment>.yaml``."""
+    return [job(cfg) for cfg in compose_all(jobs([f"experiment={experiment}", *overrides]))]

@@ -22,6 +22,7 @@ from torchmetrics.utilities import dim_zero_cat
 
 from anomaly_lab import metrics, turns
 from anomaly_lab.capture import Capture, place_step_counts
+from anomaly_lab.errors import RunFailed
 
 OptimizerFactory = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerFactory = Callable[[Optimizer], LRScheduler]
@@ -54,7 +55,7 @@ class Stretch:
         self.positions, self.batch = positions, batch  # no tuple: Lightning would look into it for what to move
 
 
-class Diverged(ValueError):
+class Diverged(RunFailed):
     """Training left the finite numbers, so there is no detector to score with."""
 
 

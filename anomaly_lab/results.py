@@ -24,7 +24,6 @@ import json
 import math
 import os
 import re
-import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,13 +31,16 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from anomaly_lab import slurm
 from anomaly_lab.files import write_whole
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
-Expected = Sequence[tuple[Mapping[str, Any], Path]]  # identity and folder of every run of an experiment's grid
+    from anomaly_lab.config import Job
+
+    Expected = Sequence[Job]  # every run of an experiment's grid
 
 # The order of results.csv. Columns with a dot in their name follow: parameters in which the runs differ.
 _TEXT = "text"
@@ -136,7 +138,7 @@ def read(runs: str | Path) -> pd.DataFrame:
     if not runs.is_dir():
         raise ValueError(f"{runs} is not a folder: name the one that holds the runs, such as runs/")
     rows, configs, damaged = [], [], []
-    for folder in _run_folders(runs):
+    for folder in run_folders(runs):
         if not (folder / "result.json").exists():
             continue
         try:
@@ -508,7 +510,7 @@ def table(frame: pd.DataFrame, dataset: str, split: str, expected: Expected | No
     part = frame[(frame["dataset"] == dataset) & (frame["split"] == split)]
     grid: dict[str, dict[int, set[int]]] = {}
     details: dict[str, tuple[str, str, str, str]] = {}
-    for identity, _ in expected or ():
+    for identity in (job.identity for job in expected or ()):
         if (identity["dataset"], identity["split"]) == (dataset, split):
             changed = _compact(identity["changed"])
             name = label(identity["model"], changed)
@@ -659,7 +661,7 @@ def sections(
     from anomaly_lab import figures
 
     pairs = [*zip(frame["dataset"], frame["split"], strict=True)]
-    pairs += [(identity["dataset"], identity["split"]) for identity, _ in expected or ()]
+    pairs += [(identity["dataset"], identity["split"]) for identity in (job.identity for job in expected or ())]
     found = []
     for dataset, split in sorted(set(pairs)):
         part = frame[(frame["dataset"] == dataset) & (frame["split"] == split)]
@@ -1147,132 +1149,9 @@ def experiment_readme(frame: pd.DataFrame, notes: str, command: str) -> str:
     return "\n".join(out).rstrip() + "\n"
 
 
-# ------------------------------------------------------------------------------------------------- status
-
-
-class Status(NamedTuple):
-    state: str  # one of STATES
-    path: str
-    detail: str = ""
-
-
-STATES = ("done", "running", "queued", "failed", "interrupted", "damaged", "missing")
-
-_JOB = "job.json"
-
-
-def record_job(folder: Path, job: Mapping[str, Any]) -> None:
-    """Keep in the run's folder that a job was submitted for it; under "job" its number."""
-    write_whole(folder / _JOB, lambda file: file.write(json.dumps(job, indent=1).encode()))
-
-
-def status(runs: str | Path, expected: Expected | None = None) -> list[Status]:
-    """The state of every run under `runs`, or, given an experiment's grid, of every run of the grid.
-
-    A run is running while a process holds the lock on its `.lock`, or Slurm says so of its job; queued while
-    its job waits, for the first time or again; failed with a `failure.json` and no result; interrupted when its
-    folder has nothing of these (it resumes when it is started again); damaged when its result cannot be read;
-    missing when the grid asks for it and there is no folder.
-    """
-    runs = Path(runs)
-    if expected is None:
-        if not runs.is_dir():
-            raise ValueError(f"{runs} is not a folder: name the one that holds the runs, such as runs/")
-        folders = list(_run_folders(runs))
-    else:
-        folders = [_expected_folder(runs, path) for _, path in expected]
-    jobs = functools.cache(_slurm_jobs)  # asked once, and only where a run was submitted
-    states = [_status(folder, runs, jobs) for folder in dict.fromkeys(folders)]
-    return sorted(states, key=lambda s: (STATES.index(s.state), _natural(s.path)))
-
-
-def state(folder: Path) -> str:
-    """The state of the run in ``folder``, one of `STATES`."""
-    return _status(folder, folder.parent, _slurm_jobs).state
-
-
-def _status(folder: Path, runs: Path, jobs: Callable[[], Mapping[str, tuple[str, str]] | None]) -> Status:
-    path = folder.relative_to(runs).as_posix()
-    if not folder.is_dir():
-        return Status("missing", path)
-    if (folder / "result.json").exists():
-        try:
-            row, _ = _row(folder, path)
-        except ValueError as error:
-            return Status("damaged", path, str(error))
-        return Status("done", path, f"AUROC {row['auroc']:.3f}")
-    state, job = _job(folder, jobs)
-    if _locked(folder / ".lock"):
-        return Status("running", path, job)
-    if state:
-        return Status(state, path, job)
-    if (folder / "failure.json").exists():
-        try:
-            failure = json.loads((folder / "failure.json").read_text(encoding="utf-8"))
-            text = str(failure["error"]).strip()
-        except (ValueError, KeyError, TypeError, OSError):
-            text = "failure.json cannot be read"
-        return Status("failed", path, text.splitlines()[0] if text else "no message")
-    resumes = (folder / "last.ckpt").exists()
-    return Status("interrupted", path, "resumes from last.ckpt" if resumes else "starts again")
-
-
-def _job(folder: Path, jobs: Callable[[], Mapping[str, tuple[str, str]] | None]) -> tuple[str, str]:
-    """Whether the job submitted for a run is "running" or "queued", and Slurm's words; empty where it is gone."""
-    try:
-        job = str(json.loads((folder / _JOB).read_text(encoding="utf-8"))["job"])
-    except FileNotFoundError:
-        return "", ""
-    known = jobs()
-    if known is None:  # elsewhere, or Slurm's controller is down: what was submitted counts as still there
-        return "queued", f"Slurm job {job}, as far as is known without squeue"
-    if job not in known:
-        return "", ""
-    state, place = known[job]
-    running = state in ("RUNNING", "COMPLETING", "STOPPED", "SUSPENDED", "SIGNALING", "STAGE_OUT")
-    where = place if place.startswith("(") else f"on {place}"  # "(Priority)" while it waits
-    return "running" if running else "queued", f"Slurm job {job}, {state.lower()} {where}"
-
-
-def _slurm_jobs() -> dict[str, tuple[str, str]] | None:
-    """This user's jobs in Slurm's queue: number to state and node or reason. None where nobody answers."""
-    command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%R"]
-    try:
-        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
-    except (OSError, subprocess.SubprocessError):
-        return None
-    lines = [line.split("|", 2) for line in answer.splitlines()]
-    return {number: (state, place) for number, state, place in lines}
-
-
-def _locked(path: Path) -> bool:
-    """Whether a process holds the lock of a run.
-
-    Asked by trying to take it, shared and without waiting, and letting go at once. A run that starts in that
-    very moment finds it taken and leaves; so rare that it is not worth a protocol of its own. Locks of other
-    machines are seen only where the file system passes flock on.
-    """
-    import fcntl
-
-    try:
-        file = open(path, "rb")  # noqa: SIM115
-    except FileNotFoundError:
-        return False
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        fcntl.flock(file, fcntl.LOCK_UN)
-        return False
-
-
-def _run_folders(runs: Path) -> Iterator[Path]:
-    """Folders that hold a run:
-
-    by what lies in them, or by their place, `n8/s0` (`a8/s0`), while still empty.
-    """
-    marks = {"result.json", "failure.json", "last.ckpt", ".lock", _JOB}
+def run_folders(runs: Path) -> Iterator[Path]:
+    """The folders of runs under ``runs``: by what lies in them, or while still empty by their name, n8/s0 or a8/s0."""
+    marks = {"result.json", "failure.json", "last.ckpt", ".lock", slurm.JOB_FILE}
     for folder, inner, files in os.walk(runs):
         inner.sort()
         path = Path(folder)
@@ -1284,17 +1163,7 @@ def _run_folders(runs: Path) -> Iterator[Path]:
             yield path
 
 
-def _expected_folder(runs: Path, path: Path) -> Path:
-    """Where the run of a grid lies under `runs`, which need not be the folder its config names."""
-    return runs.joinpath(*path.parts[-5:])  # model / dataset / split / class / seed
-
-
-def status_text(states: Sequence[Status]) -> str:
-    """A line a run that is not done, and the counts."""
-    lines = [f"{s.state:<12}{s.path}{'  ' + s.detail if s.detail else ''}" for s in states]
-    counts = [f"{sum(s.state == state for s in states)} {state}" for state in STATES]
-    shown = [text for text in counts if not text.startswith("0 ")]
-    return "\n".join([*lines, f"{len(states)} runs: {', '.join(shown)}" if states else "no runs"])
+natural, read_run = _natural, _row
 
 
 # ----------------------------------------------------------------------------------------- the command
@@ -1364,9 +1233,10 @@ def _dashboard(place: str) -> int:
 
 
 def _prune(runs: Path) -> int:
+    from anomaly_lab import status
     from anomaly_lab.run import prune  # torch and Lightning: seconds
 
-    folders = [runs / state.path for state in status(runs) if state.state == "done"]
+    folders = [runs / state.path for state in status.status(runs) if state.state == "done"]
     freed = [prune(folder) for folder in folders]
     pruned = sum(amount > 0 for amount in freed)
     print(f"pruned {pruned} of {len(folders)} finished runs: {sum(freed) / 1e6:.1f} MB less")
@@ -1386,6 +1256,8 @@ def _grid(experiment: str) -> Expected:
 
 
 def _report(arguments: argparse.Namespace, expected_runs: Callable[[str], Expected] | None) -> int:
+    from anomaly_lab import status  # which reads results with this module
+
     name: str | None = arguments.experiment
     expected: Expected | None = None
     if name is not None:
@@ -1397,16 +1269,16 @@ def _report(arguments: argparse.Namespace, expected_runs: Callable[[str], Expect
                 raise
             print(f"only runs recorded under the name {name}, for its grid is not known here: {error}", file=sys.stderr)
     if arguments.status:
-        print(status_text(status(arguments.runs, expected)))
+        print(status.text(status.status(arguments.runs, expected)))
         return 0
     frame = read(arguments.runs)
     notices: list[str] = frame.attrs["damaged"]
-    notices += [f"{s.path} failed: {s.detail}" for s in status(arguments.runs, expected) if s.state == "failed"]
+    notices += [f"{s.path} failed: {s.detail}" for s in status.status(arguments.runs, expected) if s.state == "failed"]
     for line in notices:
         print(line, file=sys.stderr)
     if name is not None:
         # Those of the grid, whoever made them, and those made under its name with further seeds or settings.
-        grid = {_expected_folder(Path(), path).as_posix() for _, path in expected or ()}
+        grid = {job.path for job in expected or ()}
         frame = _selection(frame, frame["path"].isin(grid) | (frame["experiment"] == name))
     if not len(frame):
         what = f"run of experiment {name}" if name else "run"

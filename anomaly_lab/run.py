@@ -40,6 +40,7 @@ from anomaly_lab import config, figures, metrics, tracking, turns
 from anomaly_lab.capture import Capture
 from anomaly_lab.data import OneClassData, Prepare, scored_at_once
 from anomaly_lab.detector import Detector, Diverged
+from anomaly_lab.errors import RunFailed
 from anomaly_lab.files import remove_parts, write_whole
 
 log = logging.getLogger(__name__)
@@ -54,7 +55,7 @@ HARDLY_BEGUN = 100  # steps
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
-class OutOfMemory(ValueError):
+class OutOfMemory(RunFailed):
     """The run does not fit into the memory of its device."""
 
 

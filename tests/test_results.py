@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import re
 import shutil
@@ -15,8 +14,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from omegaconf import DictConfig
 
-from anomaly_lab import results
+from anomaly_lab import results, status
+from anomaly_lab.config import Job
 
 AE, SHARED = "autoencoder_small", "shared_ae_small"
 
@@ -112,8 +113,9 @@ def runs(tmp_path: Path) -> Runs:
     return Runs(tmp_path / "runs")
 
 
-def grid(*members: Mapping[str, Any]) -> list[tuple[Mapping[str, Any], Path]]:
-    return [(who, Path("/elsewhere/runs") / folder_of(who)) for who in members]
+def grid(*members: Mapping[str, Any]) -> list[Job]:
+    runs = "/elsewhere/runs"
+    return [Job(DictConfig({"runs": runs}), who, Path(runs) / folder_of(who)) for who in members]
 
 
 # -------------------------------------------------------------------------------- reading
@@ -161,7 +163,7 @@ def test_damaged_result_is_named_and_skipped(runs: Runs, spoil, capsys: pytest.C
     assert frame["normal_class"].tolist() == [1]
     [line] = frame.attrs["damaged"]
     assert str(file) in line and "\n" not in line
-    assert [s.state for s in results.status(runs.root)] == ["done", "damaged"]
+    assert [s.state for s in status.status(runs.root)] == ["done", "damaged"]
     assert results.main([str(runs.root)]) == 0
     assert str(file) in capsys.readouterr().err
     for page in ("report.md", "report.html"):
@@ -630,41 +632,6 @@ def test_experiment_is_the_same_bytes_again(experiment: Path, runs: Runs, tmp_pa
     results._write_experiment(frame, results.read_epochs(runs.root, frame), "sizes", again)
     for file in sorted(path for path in experiment.rglob("*") if path.is_file()):
         assert (again / file.relative_to(experiment)).read_bytes() == file.read_bytes(), file.name
-
-
-# -------------------------------------------------------------------------------- status
-
-
-def test_status_tells_the_states_apart(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
-    runs.add(0.9, c=0)
-    locked = runs.other(".lock", "", c=1)
-    runs.other("failure.json", json.dumps({"error": "Diverged: loss is nan\nat step 3", "traceback": "..."}), c=2)
-    runs.other("last.ckpt", "x", c=3)
-    runs.other(".lock", "", c=4)  # its process died: the lock is free
-    (runs.root / AE / "mnist" / "official" / "n5" / "s0").mkdir(parents=True)
-    runs.other("failure.json", "{", c=6)
-    with open(locked / ".lock") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        found = {s.path.split("/")[3]: (s.state, s.detail) for s in results.status(runs.root)}
-        assert results.main([str(runs.root), "--status"]) == 0
-    assert found == {
-        "n0": ("done", "AUROC 0.900"),
-        "n1": ("running", ""),
-        "n2": ("failed", "Diverged: loss is nan"),
-        "n3": ("interrupted", "resumes from last.ckpt"),
-        "n4": ("interrupted", "starts again"),
-        "n5": ("interrupted", "starts again"),
-        "n6": ("failed", "failure.json cannot be read"),
-    }
-    assert "7 runs: 1 done, 1 running, 2 failed, 3 interrupted" in capsys.readouterr().out
-    assert {s.path.split("/")[3]: s.state for s in results.status(runs.root)}["n1"] == "interrupted"
-
-
-def test_failed_run_that_is_tried_again_is_running(runs: Runs) -> None:
-    folder = runs.other("failure.json", json.dumps({"error": "x"}))
-    with open(folder / ".lock", "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        assert [s.state for s in results.status(runs.root)] == ["running"]
 
 
 def test_status_of_an_experiment_lists_what_is_missing(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
