@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 from anomaly_lab.files import UNWRITABLE
 
 DONE, FAILED, MISTAKE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
@@ -20,6 +24,20 @@ class Terminated(SystemExit):
 
     def __init__(self, code: int = TERMINATED) -> None:
         super().__init__(code)
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """SIGTERM as `Terminated` in the main thread during the block, where nobody else answers it."""
+
+    def end(number: int, frame: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def shortened(error: BaseException) -> str:

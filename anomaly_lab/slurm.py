@@ -193,7 +193,7 @@ class Notice:
         shown = _scontrol("show", "job", "-o", job)
         known = dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word)
         name = f"{signal.Signals(number).name} for Slurm job {job}"
-        if known.get("JobState") not in ("RUNNING", None):
+        if known.get("JobState") not in ("RUNNING", "SIGNALING", None):  # the second while the signal is on its way
             _say(f"{name}: it ends here")
             sys.exit(TERMINATED)
         preempted = known.get("PreemptTime", "None") != "None"

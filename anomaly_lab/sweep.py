@@ -6,11 +6,13 @@ Imports neither torch nor Lightning: a sweep over finished runs, and a dry run, 
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import logging
 import os
 import subprocess
 import sys
+import time
 import traceback
 import uuid
 import warnings
@@ -105,6 +107,49 @@ def open_journal(runs: Path) -> Iterator[Journal]:
         finally:
             os.environ.pop(JOURNAL, None)
             path.unlink(missing_ok=True)
+
+
+# Workers ----------------------------------------------------------------------------------------------------------
+
+
+def gpus() -> list[str]:
+    """The GPUs this process may use, by the names CUDA_VISIBLE_DEVICES has for them."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return [name for name in visible.split(",") if name]
+    import torch
+
+    return [str(number) for number in range(torch.cuda.device_count())]
+
+
+class OnOneGpu(NamedTuple):
+    """A task for workers that deal out places among themselves.
+
+    A worker keeps its place, a locked file, until it ends, for CUDA binds a process to a device; then another has it.
+    """
+
+    task: Callable[[Any], Any]
+    gpus: Sequence[str]
+    workers: int
+    places: Path
+
+    def __call__(self, cfg: DictConfig) -> Any:
+        global _place
+        for number in itertools.cycle(range(self.workers)):
+            if _place is not None:
+                break
+            place = os.open(self.places / str(number), os.O_WRONLY | os.O_CREAT)
+            if take_lock(place):
+                _place = place
+                os.environ["CUDA_VISIBLE_DEVICES"] = self.gpus[number % len(self.gpus)]
+            else:
+                os.close(place)
+                time.sleep(0.01)
+        return self.task(cfg)
+
+
+_place: int | None = None
+"""Of this process, if it is a worker that has one: the locked file, never closed."""
 
 
 def survive_killed_workers(sweep: Callable[[], None], journal: Journal) -> None:

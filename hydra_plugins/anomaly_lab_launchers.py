@@ -7,13 +7,9 @@ file at every start, so nothing heavy stands at the top. Options and defaults ar
 from __future__ import annotations
 
 import functools
-import itertools
-import os
-import signal
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,10 +20,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from anomaly_lab import config, slurm, status, turns
+from anomaly_lab import config, slurm, status, sweep, turns
 from anomaly_lab.config import Job
-from anomaly_lab.errors import Terminated
-from anomaly_lab.files import take_lock
+from anomaly_lab.errors import sigterm_raises
 
 
 class _Planned(NamedTuple):
@@ -88,24 +83,10 @@ class AbreastLauncher(_Launcher):
             )
         hydra = HydraConfig.instance()
         own_config = (lambda: hydra.cfg, lambda cfg: setattr(hydra, "cfg", cfg))
-        with _sigterm_raises():
+        with sigterm_raises():
             if any(one.job is not None for one in planned):
                 import anomaly_lab.run  # noqa: F401  # torch, whose first state is where every run starts from
             return turns.take([functools.partial(self._run, one) for one in planned], self._models, own=[own_config])
-
-
-@contextmanager
-def _sigterm_raises() -> Iterator[None]:
-    """SIGTERM as an exception in the main thread, which waits: the one that comes out of a single run."""
-
-    def end(number: int, frame: object) -> None:
-        raise Terminated
-
-    before = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 # One machine, and Ray -------------------------------------------------------------------------------------------------
@@ -125,53 +106,14 @@ class ParallelLauncher(_Launcher):
         for name, value in (("n_jobs", self._n_jobs), ("jobs_per_gpu", self._jobs_per_gpu)):
             if value is not None and (type(value) is not int or value < 1):
                 raise ValueError(f"hydra.launcher.{name}={value}: give a whole number from 1")
-        gpus = _gpus()
+        gpus = sweep.gpus()
         n_jobs = self._n_jobs or self._jobs_per_gpu * len(gpus) or 2
         joblib = JoblibLauncher(n_jobs=n_jobs, **self._joblib)
         with tempfile.TemporaryDirectory() as places:
-            task = _OnOneGpu(self.task_function, gpus, n_jobs, Path(places)) if gpus else self.task_function
+            task = sweep.OnOneGpu(self.task_function, gpus, n_jobs, Path(places)) if gpus else self.task_function
             joblib.setup(hydra_context=self.hydra_context, task_function=task, config=self.config)
             returned: Sequence[JobReturn] = joblib.launch(job_overrides, initial_job_idx)
             return returned
-
-
-def _gpus() -> list[str]:
-    """The GPUs this process may use, by the names CUDA_VISIBLE_DEVICES has for them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if visible is not None:
-        return [name for name in visible.split(",") if name]
-    import torch
-
-    return [str(number) for number in range(torch.cuda.device_count())]
-
-
-_BOUND = "ANOMALY_LAB_BOUND"
-"""Environment variable of a worker: its own process id, once it has a GPU. Not a global variable of this module, which
-Hydra executes again whenever it looks for plugins."""
-
-
-class _OnOneGpu(NamedTuple):
-    """A task for workers that deal out places among themselves.
-
-    A worker keeps its place, a locked file, until it ends, for CUDA binds a process to a device; then another has it.
-    """
-
-    task: TaskFunction
-    gpus: Sequence[str]
-    workers: int
-    places: Path
-
-    def __call__(self, cfg: DictConfig) -> Any:
-        for number in itertools.cycle(range(self.workers)):
-            if os.environ.get(_BOUND) == str(os.getpid()):
-                break
-            place = os.open(self.places / str(number), os.O_WRONLY | os.O_CREAT)
-            if take_lock(place):  # and never close it
-                os.environ |= {"CUDA_VISIBLE_DEVICES": self.gpus[number % len(self.gpus)], _BOUND: str(os.getpid())}
-            else:
-                os.close(place)
-                time.sleep(0.01)
-        return self.task(cfg)
 
 
 class RayLauncher(_Launcher):

@@ -178,15 +178,13 @@ def test_a_run_that_is_preempted_and_then_loses_its_node_ends_at_the_same_bits(
     preempt(lab, cluster, job, "SIGUSR2")
     assert epochs(lab) == 2
     lab.close_gate(3)
-    cluster.start_now(job)
-    until(lab.waits, cluster.logs)
+    cluster.start_until(job, lab.waits)
     assert "resuming" in log(lab, job, "out") and epochs(lab) == 5
     cluster("scontrol", "update", f"NodeName={cluster.host}", "State=down", "Reason=test")
     until(lambda: cluster.job(job)["JobState"] == "PENDING", cluster.logs)
     assert lab.status()["n0"][0] == "queued"
     lab.open_gate()
-    cluster.start_now(job)  # the node comes back by itself: its slurmd still answers
-    until(empty(cluster), cluster.logs)
+    cluster.start_until(job, empty(cluster))  # the node comes back by itself: its slurmd still answers
     assert int(cluster.job(job)["Restarts"]) >= 2 and log(lab, job, "out").count("resuming") == 2
     same_run(lab.folder, undisturbed)
 
@@ -200,8 +198,7 @@ def test_a_cluster_that_preempts_with_sigterm_alone_loses_nothing_either(
         job = submitted(lab(*SLURM, *GATED))
         preempt(lab, cluster, job, "SIGTERM")
         lab.open_gate()
-        cluster.start_now(job)
-        until(empty(cluster), cluster.logs)
+        cluster.start_until(job, empty(cluster))
     same_run(lab.folder, undisturbed)
 
 
@@ -217,8 +214,7 @@ def test_at_its_time_limit_a_run_is_put_back_and_a_cancelled_one_is_not(lab: Lab
 
     cluster("scontrol", "update", f"JobId={job}", "TimeLimit=60")
     lab.close_gate(1)
-    cluster.start_now(job)
-    until(lab.waits, cluster.logs)
+    cluster.start_until(job, lab.waits)
     assert "resuming" in log(lab, job, "out") and epochs(lab) == 3
     assert lab.status()["n0"] == ("running", f"Slurm job {job}, running on {cluster.host}")
     cluster("scancel", job)
@@ -339,6 +335,7 @@ RUNNING = "JobState=RUNNING RunTime=00:00:02 TimeLimit=00:10:00 PreemptTime"
     [
         (f"{RUNNING}=2030-01-01T00:00:00", False, "true", True, "preempted: put back"),
         (f"{RUNNING}=None", True, "true", True, "at its time limit: put back"),
+        (f"{RUNNING}=None".replace("RUNNING", "SIGNALING"), True, "true", True, "at its time limit: put back"),
         (
             f"{RUNNING}=2030-01-01T00:00:00",
             True,
@@ -377,7 +374,7 @@ def test_the_first_signal_is_answered_and_no_other(
     said = capfd.readouterr().err
     assert said.startswith("SIGUSR2 for Slurm job 7_3") and says in said
     before = asked.read_text()
-    assert before.startswith("show job -o 7_3\n") and before.count("requeue 7_3\n") == ("RUNNING" in shown)
+    assert before.startswith("show job -o 7_3\n") and before.count("requeue 7_3\n") == ("CANCELLED" not in shown)
     notice(signal.SIGTERM, None)
     assert asked.read_text() == before and capfd.readouterr().err == ""
     assert not (tmp_path / "failure.json").exists()

@@ -15,7 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -88,10 +88,20 @@ class Cluster(NamedTuple):
         words = self("scontrol", "show", "job", "-o", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def start_now(self, number: str) -> None:
-        """A job that was put back waits about two minutes; not in a test."""
-        until(lambda: self.left(number), self.logs)  # where it still ends, it may not start again
-        self("scontrol", "update", f"JobId={number}", "StartTime=now")
+    def start_until(self, number: str, condition: Callable[[], object]) -> None:
+        """Start a job that was put back, which by itself waits two minutes, and wait for ``condition``.
+
+        A node that has not forgotten the job since it was lost refuses it and is drained, and the job waits again.
+        """
+        until(lambda: self.left(number), self.logs)  # else its run is still locked
+
+        def fulfilled() -> object:
+            self.back_in_service()
+            if self.job(number).get("Reason") == "BeginTime":
+                _said(self, "scontrol", "update", f"JobId={number}", "StartTime=now")  # an error if it has just started
+            return condition()
+
+        until(fulfilled, self.logs)
 
     def bring_limit_near(self, number: str) -> None:
         """Let a running job reach its time limit two to three minutes from now.
