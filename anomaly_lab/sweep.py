@@ -201,7 +201,7 @@ def job(cfg: DictConfig) -> float | None:
         run = config.job(cfg)  # finds most mistakes, before anything heavy is imported
         result = before = run.finished()
         if before is None:
-            result = _made(run)
+            result = _make_run(run)
         elif "WANDB_SWEEP_ID" in os.environ:  # its agent waits for a result, also of a point that is known
             from anomaly_lab.tracking import show_again
 
@@ -241,21 +241,21 @@ def job(cfg: DictConfig) -> float | None:
     return float(result["metrics"]["val_score"])
 
 
-def _made(run: Job) -> dict[str, Any] | None:
-    """The run's result, with the ends that Lightning has names of its own for under ours."""
+def _make_run(run: Job) -> dict[str, Any] | None:
+    """Make the run. Lightning's own exceptions become ours here, where Lightning is loaded anyway."""
     from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-    from anomaly_lab.run import run as make  # torch and Lightning: seconds
+    from anomaly_lab.run import run as make_it  # torch and Lightning: seconds
 
     _quiet()
     try:
-        return make(run.cfg)
+        return make_it(run.cfg)
     except MisconfigurationException as error:  # a device that is not there
         raise ValueError(str(error)) from error
     except SIGTERMException as end:
         raise Terminated from end
     except SystemExit as end:
-        if isinstance(end.__context__, KeyboardInterrupt):  # which Lightning ends with an exit in the midst of training
+        if isinstance(end.__context__, KeyboardInterrupt):  # Lightning turns Ctrl-C during training into an exit
             raise KeyboardInterrupt from end
         raise
 

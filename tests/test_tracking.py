@@ -514,13 +514,13 @@ def agents_command(point: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def test_every_point_of_the_wandb_sweep_is_a_command_of_ours() -> None:
+def test_every_point_of_the_wandb_sweep_is_a_command_of_ours(tmp_path: Path) -> None:
     commands = [agents_command(point) for point in points()]
     assert len(commands) == 6
     folders = set()
     for program, *words in commands:
         assert program == "anomaly-lab"
-        cfg = config.compose(words)
+        cfg = config.compose([*words, f"data_dir={tmp_path}"])
         assert cfg.logger._target_ == "anomaly_lab.tracking.Wandb"
         folders.add(config.job(cfg).out)
     assert len(folders) == 6
