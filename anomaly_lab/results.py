@@ -1236,7 +1236,7 @@ def _prune(runs: Path) -> int:
     from anomaly_lab import status
     from anomaly_lab.run import prune  # torch and Lightning: seconds
 
-    folders = [runs / state.path for state in status.status(runs) if state.state == "done"]
+    folders = [runs / state.path for state in status.under(runs) if state.state == "done"]
     freed = [prune(folder) for folder in folders]
     pruned = sum(amount > 0 for amount in freed)
     print(f"pruned {pruned} of {len(folders)} finished runs: {sum(freed) / 1e6:.1f} MB less")
@@ -1269,11 +1269,11 @@ def _report(arguments: argparse.Namespace, expected_runs: Callable[[str], Expect
                 raise
             print(f"only runs recorded under the name {name}, for its grid is not known here: {error}", file=sys.stderr)
     if arguments.status:
-        print(status.text(status.status(arguments.runs, expected)))
+        print(status.text(status.under(arguments.runs, expected)))
         return 0
     frame = read(arguments.runs)
     notices: list[str] = frame.attrs["damaged"]
-    notices += [f"{s.path} failed: {s.detail}" for s in status.status(arguments.runs, expected) if s.state == "failed"]
+    notices += [f"{s.path} failed: {s.detail}" for s in status.under(arguments.runs, expected) if s.state == "failed"]
     for line in notices:
         print(line, file=sys.stderr)
     if name is not None:

@@ -29,7 +29,7 @@ class Status(NamedTuple):
     with_slurm: bool = False  # it goes on by itself
 
 
-def status(runs: str | Path, expected: Sequence[Job] | None = None) -> list[Status]:
+def under(runs: str | Path, expected: Sequence[Job] | None = None) -> list[Status]:
     """The state of every run under ``runs``, or, given an experiment's grid, of every run of the grid.
 
     A run is running while a process holds the lock on its `.lock`, or Slurm says so of its job; queued while

@@ -41,7 +41,7 @@ def folder(runs: Path, number: int, **files: str) -> Path:
 
 
 def states(runs: Path) -> dict[str, tuple[str, str]]:
-    return {found.path.split("/")[3]: (found.state, found.detail) for found in status.status(runs)}
+    return {found.path.split("/")[3]: (found.state, found.detail) for found in status.under(runs)}
 
 
 def test_status_tells_the_states_apart(tmp_path: Path) -> None:
@@ -65,8 +65,8 @@ def test_status_tells_the_states_apart(tmp_path: Path) -> None:
         "n6": ("failed", "failure.json cannot be read"),
     }
     assert states(tmp_path)["n1"][0] == "interrupted"
-    assert not any(found.with_slurm for found in status.status(tmp_path))
-    lines = status.text(status.status(tmp_path)).splitlines()
+    assert not any(found.with_slurm for found in status.under(tmp_path))
+    lines = status.text(status.under(tmp_path)).splitlines()
     assert lines[-1] == "8 runs: 1 done, 2 failed, 4 interrupted, 1 damaged"
 
 
@@ -105,13 +105,13 @@ def test_status_asks_slurm_once_and_tells_where_a_job_is(tmp_path: Path, squeue:
         "n5": "interrupted",
     }
     assert asked.read_text() == "asked\n"
-    with_slurm = {found.path.split("/")[3]: found.detail for found in status.status(runs) if found.with_slurm}
+    with_slurm = {found.path.split("/")[3]: found.detail for found in status.under(runs) if found.with_slurm}
     assert with_slurm == {
         "n0": "Slurm job 7_0, running on node3",
         "n1": "Slurm job 7_1, pending (Resources, and more)",
     }
     with running(runs / "ede/digits/pooled/n0/s0"):
-        assert status.status(runs)[0].with_slurm
+        assert status.under(runs)[0].with_slurm
 
     squeue("exit 1")  # the controller is down: nothing is called lost, nothing submitted twice
     assert {state for state, _ in states(runs).values()} == {"queued", "interrupted"}
