@@ -105,6 +105,13 @@ def test_a_sweep_goes_on_after_a_failure_counts_it_and_tries_it_again(lab: Comma
     assert result.stat().st_mtime_ns == done_at
 
 
+def test_a_run_that_fails_in_a_queued_job_is_the_jobs_failure(lab: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(config.SUBMITTED, "null")
+    code, out, err = lab(f"-m {TINY} normal_class=99")
+    assert (code, out) == (cli.MISTAKE, ""), "no summary: nothing else was asked of this process"
+    assert "no class 99" in err
+
+
 def test_a_diverged_run_is_a_failure_not_a_mistake(lab: Command) -> None:
     code, out, err = lab(f"{TINY} model.optimizer.lr=1e30")
     assert (code, out) == (cli.FAILED, "")
