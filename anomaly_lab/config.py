@@ -307,6 +307,11 @@ class Job:
         """Every key that can change a result with its value, and the checksum of the images. Decodes the data set."""
         return settings(self.cfg)
 
+    @property
+    def path(self) -> str:
+        """The run's folder below ``runs``, as reports name it."""
+        return self.out.relative_to(self.cfg.runs).as_posix()
+
     def refuse_other_settings(self, kept: Mapping[str, Any]) -> None:
         """A run's name follows from the defaults of its groups; whoever edits those must not get the old result.
 

@@ -15,12 +15,13 @@ from torchmetrics.utilities import dim_zero_cat
 
 from anomaly_lab import metrics
 from anomaly_lab.batches import Batch, images_of, plain_batch
+from anomaly_lab.errors import RunFailed
 
 EXPLOSION = 1e3
 """A loss that many times its value in the first step (or that large, for losses below 1) is a divergence."""
 
 
-class Diverged(ValueError):
+class Diverged(RunFailed):
     """Training left the finite numbers, so there is no detector to score with."""
 
 

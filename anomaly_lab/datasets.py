@@ -28,7 +28,8 @@ from typing import IO, Any, ClassVar
 
 import numpy as np
 
-from anomaly_lab.files import write_whole
+from anomaly_lab.errors import shortened
+from anomaly_lab.files import take_lock, write_whole
 
 REQUIRED = ("images", "labels", "is_test", "class_names")
 NETWORK_TIMEOUT = 30.0  # seconds without an answer; many compute nodes drop packets instead of refusing them
@@ -243,7 +244,7 @@ class _Torchvision(Dataset):
                 advice = f"make room in {self.root}, or set data_dir (or ANOMALY_LAB_DATA) to another folder"
             else:
                 advice = f"delete {folder} and run `{self.download_command}` again"
-            raise ValueError(f"{self.name} could not be fetched or read ({_reason(error)}): {advice}") from error
+            raise ValueError(f"{self.name} could not be fetched or read ({shortened(error)}): {advice}") from error
         is_test = np.repeat([False, True], [len(half.data) for half in halves])
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
         images = Images.canonical(pixels, labels, is_test, class_names, superclass, name=self.name)
@@ -419,7 +420,7 @@ class COIL100(Dataset):
                     yield block
         except (OSError, http.client.HTTPException) as error:
             raise ValueError(
-                f"{self.url} could not be fetched ({_reason(error)}): run `{self.download_command}` on a "
+                f"{self.url} could not be fetched ({shortened(error)}): run `{self.download_command}` on a "
                 f"machine with network access, or put the archive at {target}"
             ) from error
 
@@ -499,7 +500,7 @@ class ImageFolder(Dataset):
                 (file, name, test, (file.stat().st_size, file.stat().st_mtime_ns)) for file, name, test in self._walk()
             ]
         except OSError as error:
-            raise ValueError(f"{error.filename} cannot be read ({_reason(error)}): repair or remove it") from error
+            raise ValueError(f"{error.filename} cannot be read ({shortened(error)}): repair or remove it") from error
 
     def _walk(self) -> list[tuple[Path, str, bool]]:
         root = Path(self.path).expanduser()
@@ -661,7 +662,7 @@ def _replace(path: Path, write: Callable[[IO[bytes]], None], nbytes: int) -> Non
         write_whole(path, write)
     except OSError as error:
         raise ValueError(
-            f"{path} could not be written ({_reason(error)}): make room for {max(1, nbytes // 10**6)} MB "
+            f"{path} could not be written ({shortened(error)}): make room for {max(1, nbytes // 10**6)} MB "
             "there, or set data_dir (or ANOMALY_LAB_DATA) to another folder"
         ) from error
 
@@ -669,21 +670,19 @@ def _replace(path: Path, write: Callable[[IO[bytes]], None], nbytes: int) -> Non
 @contextmanager
 def _locked(root: Path, name: str) -> Iterator[None]:
     """Let one process at a time fetch and decode a set: torchvision downloads straight into its place."""
-    import fcntl
-
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = open(root / f".{name}.lock", "ab")  # noqa: SIM115 (entered below)
     except OSError as error:
         raise ValueError(
-            f"data_dir={root} cannot be written to ({_reason(error)}): set data_dir (or ANOMALY_LAB_DATA) to "
+            f"data_dir={root} cannot be written to ({shortened(error)}): set data_dir (or ANOMALY_LAB_DATA) to "
             "another folder"
         ) from error
     with lock:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+            take_lock(lock, wait=True)
         except OSError as error:  # some network file systems have no locks; the rename keeps the cache whole
-            warnings.warn(f"{root} cannot be locked ({_reason(error)}): start one process first", stacklevel=2)
+            warnings.warn(f"{root} cannot be locked ({shortened(error)}): start one process first", stacklevel=2)
         yield
 
 
@@ -693,7 +692,7 @@ def _explained(path: Path, remedy: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        raise ValueError(f"{path} is damaged or unreadable ({_reason(error)}): {remedy}") from error
+        raise ValueError(f"{path} is damaged or unreadable ({shortened(error)}): {remedy}") from error
 
 
 @contextmanager
@@ -711,11 +710,6 @@ def _is_network(error: BaseException) -> bool:
     return isinstance(error, kinds) or "urlopen" in str(error) or "HTTP Error" in str(error)
 
 
-def _reason(error: BaseException) -> str:
-    text = " ".join(str(error).split())
-    return text[:240] if text else type(error).__name__
-
-
 def open_image(file: Any, where: str, channels: int, size: int | None = None) -> np.ndarray:
     """Decode one image file into uint8 (C,H,W), resized to size x size where that is given."""
     from PIL import Image, ImageOps
@@ -730,5 +724,5 @@ def open_image(file: Any, where: str, channels: int, size: int | None = None) ->
             array = np.asarray(image)
     # On damaged files Pillow raises OSError, SyntaxError, struct.error, DecompressionBombError and more.
     except Exception as error:
-        raise ValueError(f"{where} cannot be read ({_reason(error)}): repair, convert or remove it") from error
+        raise ValueError(f"{where} cannot be read ({shortened(error)}): repair, convert or remove it") from error
     return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)

@@ -1,14 +1,19 @@
-"""Files that are whole or not there, whatever happens while they are written."""
+"""Files that are whole or not there, whatever happens while they are written, and locks that die with their process."""
 
 from __future__ import annotations
 
 import errno
+import fcntl
+import logging
 import os
+import time
 import uuid
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
+
+log = logging.getLogger(__name__)
 
 UNWRITABLE = {
     errno.ENOSPC: "the file system is full",
@@ -48,3 +53,63 @@ def remove_parts(folder: Path) -> None:
     """Remove what killed processes left of `write_whole` in ``folder`` and below. Nobody may be writing there."""
     for part in folder.rglob(".*.part"):
         part.unlink(missing_ok=True)
+
+
+def take_lock(file: IO[Any] | int, *, wait: bool = False) -> bool:
+    """Lock an open file until it is closed or this process dies; False if another process has the lock.
+
+    Args:
+        wait: until the other process lets go, instead of returning False.
+
+    Raises:
+        OSError: the file system has no locks, as some of clusters.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX if wait else fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def is_locked(path: Path) -> bool:
+    """Whether a process holds the lock on the file ``path``; False where there is no such file, or no locks.
+
+    Asked by taking the lock, shared and without waiting, and releasing it at once. Locks of other machines are seen
+    only where the file system passes flock on.
+    """
+    try:
+        file = open(path, "rb")  # noqa: SIM115
+    except FileNotFoundError:
+        return False
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        except OSError:
+            return False
+        fcntl.flock(file, fcntl.LOCK_UN)
+        return False
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[bool]:
+    """Whether this process has ``folder``, which is made, for itself during the block: the lock on its ``.lock``.
+
+    The owner of the lock removes what killed processes left half-written. Where the file system has no locks a
+    warning says so and the answer is True.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / ".lock", "w") as file:
+        try:
+            mine = take_lock(file)
+            if not mine:
+                time.sleep(0.2)  # `is_locked` may have asked in this very moment
+                mine = take_lock(file)
+        except OSError as error:  # the parts stay: without a lock they might be somebody's
+            log.warning("%s cannot be locked (%s): take care that nobody else makes the same run", folder, error)
+            yield True
+            return
+        if mine:
+            remove_parts(folder)
+        yield mine

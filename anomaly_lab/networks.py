@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Generator, Tensor, nn
 
+from anomaly_lab.errors import shortened
+
 
 def _halvings(size: int) -> int:
     if size < 8 or size & (size - 1):
@@ -371,8 +373,7 @@ def _load_features(layers: nn.Sequential, file: Path) -> None:
         layers.load_state_dict({name: state[f"features.{name}"] for name in layers.state_dict()})
     # torch raises RuntimeError, UnpicklingError, EOFError, KeyError or TypeError, as the file wants it.
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
         raise ValueError(
-            f"{file} is no state dict of that architecture ({type(error).__name__}: {reason}): give torchvision's own "
-            "names, features.0.weight and so on"
+            f"{file} is no state dict of that architecture ({type(error).__name__}: {shortened(error)}): give "
+            "torchvision's own names, features.0.weight and so on"
         ) from error

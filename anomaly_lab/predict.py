@@ -1,15 +1,13 @@
-"""A finished run as a detector for new images: arrays, image files, and the console command ``anomaly-lab-score``.
+"""A finished run as a detector for new images: arrays and image files.
 
 Legend of the shape comments: N images, B of them in a batch, C channels, H×W as stored, S×S as the network sees them.
 """
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomaly_lab.datasets import IMAGE_SUFFIXES, open_image
+from anomaly_lab.errors import shortened
+from anomaly_lab.files import write_whole
 
 # torch and Lightning take seconds to import: they come with the first run that is loaded, not with --help.
 if TYPE_CHECKING:
@@ -197,9 +197,8 @@ def load_run(path: str | Path, device: str = "cpu", data_dir: str | Path | None 
             raise RuntimeError(f"it is of epoch {int(detector.epochs_done)}, the result of epoch {result['epochs']}")
     # torch raises RuntimeError, UnpicklingError, EOFError or KeyError, as the damage (or a changed method) wants it.
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
         raise ValueError(f"{folder / 'last.ckpt'} does not fit this version of {result['identity']['model']}, or is "
-                         f"damaged ({type(error).__name__}: {reason})") from error  # fmt: skip
+                         f"damaged ({type(error).__name__}: {shortened(error)})") from error  # fmt: skip
     return FittedDetector(detector.to(where).eval(), make_prepare(cfg), result, where)
 
 
@@ -220,36 +219,8 @@ def _device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch built without CUDA asserts
-        raise ValueError(f"device {name} cannot be used here ({str(error).splitlines()[0]}): try cpu") from error
+        raise ValueError(f"device {name} cannot be used here ({shortened(error)}): try cpu") from error
     return device
-
-
-def main(argv: Sequence[str] | None = None) -> int:
-    """``anomaly-lab-score RUN IMAGES...``: a CSV of scores and decisions, and heat maps on request."""
-    parser = argparse.ArgumentParser(
-        prog="anomaly-lab-score",
-        description="Score image files with a finished run. Higher scores are more anomalous; the decision compares "
-        "them with the threshold that the run took from held-out normal images.",
-        epilog="example: anomaly-lab-score runs/shared_ae/mnist/official/n8/s0 photos/ --heat-maps maps",
-    )
-    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run, with its result.json")
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="image files, or folders of them")
-    parser.add_argument("--out", type=Path, default=Path("scores.csv"), help="the CSV to write (default: scores.csv)")
-    parser.add_argument("--heat-maps", type=Path, metavar="DIR", help="also draw there where each image looks wrong")
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="where pretrained weights lie, if not where they did"
-    )
-    arguments = parser.parse_args(argv)
-    try:
-        files = image_files(arguments.images)
-        fitted = load_run(arguments.run, arguments.device, arguments.data_dir)
-        count = _score_files(fitted, files, arguments.out, arguments.heat_maps)
-    except (ValueError, OSError) as error:
-        print(f"{parser.prog}: error: {error}", file=sys.stderr)
-        return 2
-    print(f"{count} images scored: {arguments.out}")
-    return 0
 
 
 def image_files(given: Sequence[Path]) -> list[Path]:
@@ -272,9 +243,12 @@ def image_files(given: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _score_files(fitted: FittedDetector, files: Sequence[Path], out: Path, heat_maps: Path | None) -> int:
-    from anomaly_lab.files import write_whole
+def score_files(fitted: FittedDetector, files: Sequence[Path], out: Path, heat_maps: Path | None = None) -> None:
+    """Write the CSV ``out``: image, score and decision of each of ``files``; heat maps as PNGs into ``heat_maps``.
 
+    Raises:
+        ValueError: a file that is no readable image, or heat maps of a method that has none.
+    """
     rows = [("image", "score", "decision")]
     for start in range(0, len(files), FILES_AT_ONCE):
         some = files[start : start + FILES_AT_ONCE]
@@ -287,9 +261,7 @@ def _score_files(fitted: FittedDetector, files: Sequence[Path], out: Path, heat_
             _draw_heat_maps(fitted, some, images, scores, heat_maps, start)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    out.parent.mkdir(parents=True, exist_ok=True)
     write_whole(out, lambda file: file.write(text.getvalue().encode()))
-    return len(files)
 
 
 def _draw_heat_maps(

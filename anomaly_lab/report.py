@@ -20,7 +20,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from anomaly_lab import results
+from anomaly_lab import results, status
 from anomaly_lab.files import write_whole
 from anomaly_lab.tables import MINIMUM_PAIRS, Cell, Comparison, Table, significance, table
 
@@ -147,10 +147,10 @@ def _lines(shown: Table, oracle: bool) -> Iterator[_Line]:
             kinds = dict.fromkeys((c.published.status, c.published.setting) for c in cells if c.published)
             if all(c.difference is None for c in cells):
                 kinds = {}  # nothing of this row can be compared
-            for status, setting in kinds:
-                words = [status, *([setting] if setting else []), *(["full size"] if row.reduced else [])]
+            for standing, setting in kinds:
+                words = [standing, *([setting] if setting else []), *(["full size"] if row.reduced else [])]
                 texts = [
-                    f"{c.published.value:.3f}" if c.published and c.published[1:3] == (status, setting) else ""
+                    f"{c.published.value:.3f}" if c.published and c.published[1:3] == (standing, setting) else ""
                     for c in cells
                 ]
                 whose = f" for {row.published_as}" if row.published_as else ""
@@ -529,7 +529,7 @@ def write(runs: Path, out: Path | None = None, experiment: str | None = None, or
             )
     frame = results.read(runs)
     notices: list[str] = frame.attrs["damaged"]
-    notices += [f"{s.path} failed: {s.detail}" for s in _states(runs, expected) if s.state == "failed"]
+    notices += [f"{s.path} failed: {s.detail}" for s in status.under(runs, expected) if s.state == "failed"]
     for line in notices:
         print(line, file=sys.stderr)
     if experiment is not None:
@@ -558,14 +558,14 @@ def write(runs: Path, out: Path | None = None, experiment: str | None = None, or
 def print_states(runs: Path, experiment: str | None = None) -> None:
     """Print how far every run under `runs` is, or every run of an experiment's grid."""
     expected = None if experiment is None else _grid(experiment)
-    print(results.status_text(_states(runs, expected)))
+    print(status.text(status.under(runs, expected)))
 
 
 def prune(runs: Path) -> None:
     """Reduce the checkpoints of the finished runs under `runs` to what scores new images."""
     from anomaly_lab import run  # torch and Lightning: seconds
 
-    folders = [runs / state.path for state in _states(runs) if state.state == "done"]
+    folders = [runs / state.path for state in status.under(runs) if state.state == "done"]
     freed = [run.prune(folder) for folder in folders]
     pruned = sum(amount > 0 for amount in freed)
     print(f"pruned {pruned} of {len(folders)} finished runs: {sum(freed) / 1e6:.1f} MB less")
@@ -591,10 +591,6 @@ def save_dashboard(place: str) -> None:
             f"the dashboard could not be saved ({type(error).__name__}: {reason}): see wandb login"
         ) from error
     print(f"written: {made.url}")
-
-
-def _states(runs: Path, expected: Sequence[Job] | None = None) -> list[results.Status]:
-    return results.status(runs, None if expected is None else [(job.identity, job.out) for job in expected])
 
 
 def _grid(experiment: str) -> list[Job]:

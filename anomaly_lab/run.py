@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import gc
 import json
 import logging
@@ -11,8 +10,7 @@ import platform
 import time
 import traceback
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -28,7 +26,8 @@ from anomaly_lab.build import load_checkpoint, make_data, make_detector, make_tr
 from anomaly_lab.config import Job
 from anomaly_lab.data import OneClassData, scored_at_once
 from anomaly_lab.detector import Detector
-from anomaly_lab.files import remove_parts, write_whole
+from anomaly_lab.errors import RunFailed
+from anomaly_lab.files import locked, write_whole
 from anomaly_lab.measure import draw, measure, used
 
 log = logging.getLogger(__name__)
@@ -36,7 +35,7 @@ log = logging.getLogger(__name__)
 SCHEMA = 1
 
 
-class OutOfMemory(ValueError):
+class OutOfMemory(RunFailed):
     """The run does not fit into the memory of its device."""
 
 
@@ -217,31 +216,6 @@ def prune(out: Path) -> int:
             checkpoint.pop(training, None)
         write_checkpoint(path, checkpoint)
         return before - path.stat().st_size
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[bool]:
-    """Whether this process has the run's folder for itself. The kernel releases the lock when a process dies.
-
-    The owner removes what killed processes left half-written.
-    """
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / ".lock", "w") as file:
-        for attempt in (1, 2):
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if attempt == 2:
-                    yield False
-                    return
-                time.sleep(0.2)  # a status report may have looked at the lock in this very moment
-            except OSError as error:  # some cluster file systems have no locks
-                log.warning("%s cannot be locked (%s): take care that nobody else makes the same run", out, error)
-                break
-            else:
-                remove_parts(out)  # without a lock they might be somebody's
-                break
-        yield True
 
 
 def write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -26,6 +26,8 @@ from hydra.utils import instantiate
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
 
+from anomaly_lab.config import Job
+from anomaly_lab.errors import shortened
 from anomaly_lab.files import write_whole
 
 log = logging.getLogger(__name__)
@@ -87,11 +89,11 @@ def opened(cfg: DictConfig, out: Path, identity: Mapping[str, Any]) -> Iterator[
     tracker.close(0)
 
 
-def show_again(cfg: DictConfig, out: Path, result: Mapping[str, Any]) -> None:
+def show_again(job: Job, result: Mapping[str, Any]) -> None:
     """Show a finished run as if it had just been made: for whoever asked for it and looks at the tracker only."""
-    with opened(cfg, out, result["identity"]) as tracker, np.load(out / "scores.npz") as scores:
+    with opened(job.cfg, job.out, result["identity"]) as tracker, np.load(job.out / "scores.npz") as scores:
         tracker.start(result["history"])
-        tracker.publish(result, out / "figures", dict(scores))
+        tracker.publish(result, job.out / "figures", dict(scores))
 
 
 class Csv(Tracker):
@@ -342,12 +344,11 @@ class Wandb(Tracker):
                 self._ask(wandb.setup().settings.base_url)
                 return wandb.init(**self._init, mode="online", settings=settings)
             except Exception as error:
-                reason = str(error).splitlines()[0]
                 Wandb._ask_again = time.monotonic() + self.RETRY
                 log.warning(
                     "wandb: no connection (%s); this run is recorded offline, for `wandb sync`, and so is what begins "
                     "in the next %.0f minutes",
-                    reason,
+                    shortened(error),
                     self.RETRY / 60,
                 )
             wandb.teardown()  # its service holds the id of the run that could not begin

@@ -31,7 +31,7 @@ def tiny(runs: Path, data: Path, *overrides: str) -> DictConfig:
 
 
 def scores(cfg: DictConfig) -> bytes:
-    with np.load(config.run_dir(cfg) / "scores.npz") as file:
+    with np.load(config.job(cfg).out / "scores.npz") as file:
         return bytes(file["score"].tobytes())
 
 
@@ -62,7 +62,7 @@ def stopped(runs: Path, data: Path) -> tuple[DictConfig, Path]:
     cfg = tiny(runs, data)
     with pytest.raises(RuntimeError, match="on purpose"):
         run(cfg, [At(2, stop)])
-    return cfg, config.run_dir(cfg) / "last.ckpt"
+    return cfg, config.job(cfg).out / "last.ckpt"
 
 
 @pytest.fixture
@@ -198,10 +198,10 @@ def test_a_damaged_checkpoint_is_noticed_and_the_run_made_anew(
 def test_a_flipped_bit_in_a_finished_run_is_not_scored_with(tmp_path: Path, data: Path) -> None:
     cfg = tiny(tmp_path / "runs", data, "model.budget.epochs=1")
     assert run(cfg) is not None
-    checkpoint = config.run_dir(cfg) / "last.ckpt"
+    checkpoint = config.job(cfg).out / "last.ckpt"
     checkpoint.write_bytes(flipped(checkpoint.read_bytes()))
     with pytest.raises(ValueError, match="damaged"):
-        load_run(config.run_dir(cfg))
+        load_run(config.job(cfg).out)
 
 
 def test_a_data_cache_damaged_since_is_one_line_and_nothing_is_trained_on_it(lab: Command, tmp_path: Path) -> None:
@@ -222,7 +222,7 @@ def test_what_killed_processes_left_is_cleaned_up_and_blocks_nothing(tmp_path: P
     left = [tmp_path / "data/.digits.npz.0123abcd.part"]
     config._images.cache_clear()
     left[0].write_bytes(b"half")
-    out = config.run_dir(cfg)
+    out = config.job(cfg).out
     left += [out / ".last.ckpt.0123abcd.part", out / "figures/.roc.png.0123abcd.part"]
     for path in left[1:]:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -246,7 +246,7 @@ def test_too_little_memory_names_batch_size_and_memory(
         run(cfg, [At(0, fail)])
     line = str(caught.value)
     assert "model.batch_size=48" in line and "8192 MB in all, 1024 MB of them free" in line and "\n" not in line
-    failure = json.loads((config.run_dir(cfg) / "failure.json").read_text())
+    failure = json.loads((config.job(cfg).out / "failure.json").read_text())
     assert failure["error"].startswith("OutOfMemory: out of memory with model.batch_size=48")
     assert "in fail" in failure["traceback"]
 
@@ -275,22 +275,22 @@ def test_pruned_checkpoints_still_score_and_only_the_optimisers_are_lost(
     cfg = tiny(tmp_path / "runs", data)
     assert run(cfg) is not None
     _, interrupted = stopped(tmp_path / "others", data)
-    before, kept = (config.run_dir(cfg) / "last.ckpt").stat().st_size, interrupted.read_bytes()
+    before, kept = (config.job(cfg).out / "last.ckpt").stat().st_size, interrupted.read_bytes()
     images = config.load_images(cfg).pixels[:20]
-    expected = load_run(config.run_dir(cfg)).score(images)
+    expected = load_run(config.job(cfg).out).score(images)
 
     assert cli.report([str(tmp_path / "runs"), "--prune"]) == 0
     assert cli.report([str(tmp_path / "others"), "--prune"]) == 0
     first, second = capsys.readouterr().out.splitlines()
-    after = (config.run_dir(cfg) / "last.ckpt").stat().st_size
+    after = (config.job(cfg).out / "last.ckpt").stat().st_size
     assert after < before / 2
     assert first == f"pruned 1 of 1 finished runs: {(before - after) / 1e6:.1f} MB less"
     assert second == "pruned 0 of 0 finished runs: 0.0 MB less"
     assert interrupted.read_bytes() == kept, "an unfinished run needs its optimisers"
-    assert np.array_equal(load_run(config.run_dir(cfg)).score(images), expected)
+    assert np.array_equal(load_run(config.job(cfg).out).score(images), expected)
     assert cli.report([str(tmp_path / "runs"), "--prune"]) == 0
     assert capsys.readouterr().out == "pruned 0 of 1 finished runs: 0.0 MB less\n"
 
-    (config.run_dir(cfg) / "result.json").unlink()
-    assert "optimizer_states" not in load_checkpoint(config.run_dir(cfg) / "last.ckpt")
+    (config.job(cfg).out / "result.json").unlink()
+    assert "optimizer_states" not in load_checkpoint(config.job(cfg).out / "last.ckpt")
     assert run(cfg) is not None and scores(cfg) == scores(undisturbed), "without optimisers it starts again"

@@ -72,6 +72,7 @@ class Witness(Callback):
 
         pl_module.plays, pl_module.next_batch = watched_plays, watched_next_batch  # type: ignore[method-assign]
         pl_module.score = lambda x: score(x.double())  # type: ignore[method-assign]
+        pl_module.after_fit = lambda images: None  # type: ignore[method-assign]  # training alone is compared
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         trainer.should_stop = len(self.batches) == STEPS * EPOCHS

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import subprocess
@@ -15,7 +14,7 @@ import numpy as np
 import pytest
 from conftest import Command, Said
 
-from anomaly_lab import cli, config
+from anomaly_lab import cli, config, sweep
 
 TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 trainer.progress=false"
 
@@ -104,6 +103,13 @@ def test_a_sweep_goes_on_after_a_failure_counts_it_and_tries_it_again(lab: Comma
     assert again.code == cli.FAILED and again.out.startswith(f"{first}  (done before)\n")
     assert json.loads(failure.read_text())["error"].startswith("Diverged"), "the failed run was not tried again"
     assert result.stat().st_mtime_ns == done_at
+
+
+def test_a_run_that_fails_in_a_queued_job_is_the_jobs_failure(lab: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(config.SUBMITTED, "null")
+    code, out, err = lab(f"-m {TINY} normal_class=99")
+    assert (code, out) == (cli.MISTAKE, ""), "no summary: nothing else was asked of this process"
+    assert "no class 99" in err
 
 
 def test_a_diverged_run_is_a_failure_not_a_mistake(lab: Command) -> None:
@@ -232,67 +238,8 @@ def test_the_commands_that_help_shows_compose() -> None:
         assert config.jobs([word for word in shlex.split(command) if not word.startswith("-")])
 
 
-PROBE = '''
-import os, time
-from pathlib import Path
-import torch
-from anomaly_lab.detector import Detector
-
-class Probe(Detector):
-    """Waits for a second process that does the same, so the two have run side by side."""
-
-    def before_fit(self, images):
-        here = Path(os.environ["PROBES"])
-        (here / str(os.getpid())).write_text(str(torch.get_num_threads()))
-        end = time.monotonic() + 120
-        while len(list(here.iterdir())) < 2:
-            assert time.monotonic() < end, "no second process"
-            time.sleep(0.1)
-
-    def score(self, x):
-        return x.mean((1, 2, 3))
-'''
-
-PROBE_YAML = """
-detector: {_target_: probe.Probe}
-optimizer: {}
-scheduler: null
-clip: null
-budget: {epochs: 1, steps: null, epoch_steps: 1}
-batch_size: 64
-input: {size: 8, fit: pad, range: [0, 1], channels: null}
-"""
-
-
-@pytest.mark.slow
-def test_the_parallel_launcher_runs_jobs_in_processes_that_share_the_cores(tmp_path: Path, data: Path) -> None:
-    pytest.importorskip(
-        "hydra_plugins.hydra_joblib_launcher", reason="needs the extra: pip install anomaly-lab[parallel]"
-    )
-    probes, configs = tmp_path / "probes", tmp_path / "conf" / "model"
-    probes.mkdir()
-    configs.mkdir(parents=True)
-    (tmp_path / "probe.py").write_text(PROBE)
-    (configs / "probe.yaml").write_text(PROBE_YAML)
-    environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")} | {
-        "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
-        "PROBES": str(probes),
-        "ANOMALY_LAB_DATA": str(data),
-        config.EXTRA_CONFIGS: str(tmp_path / "conf"),
-    }
-    words = ["-m", "hydra/launcher=parallel", "model=probe", "seed=0,1", "trainer.progress=false"]
-    code = "import sys; from anomaly_lab.cli import train; sys.argv[0] = 'anomaly-lab'; train()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    assert done.stdout.endswith("2 runs: 2 done\n")
-    threads = [int(path.read_text()) for path in probes.iterdir()]
-    assert threads == [max(1, len(os.sched_getaffinity(0)) // 2)] * 2
-
-
 def test_a_sweeps_journal_outlives_torn_lines_and_is_not_made_anew_by_late_jobs(tmp_path: Path) -> None:
-    with cli._journal(tmp_path / "runs") as journal:
+    with sweep.open_journal(tmp_path / "runs") as journal:
         journal.note("begun", ["seed=0"])
         with open(journal.path, "ab") as file:
             file.write(b'\n["begun", ["se')  # the disk was full
@@ -300,67 +247,15 @@ def test_a_sweeps_journal_outlives_torn_lines_and_is_not_made_anew_by_late_jobs(
         journal.note("failed", ["seed=0"])
         assert journal.jobs() == [["seed=0"], ["seed=1"]]
         assert (journal.in_state("begun"), journal.in_state("failed")) == ([["seed=1"]], [["seed=0"]])
-        with cli._journal(tmp_path / "runs") as other:  # a second sweep in the same folder
+        with sweep.open_journal(tmp_path / "runs") as other:  # a second sweep in the same folder
             assert journal.path.exists() and other.path != journal.path
     journal.note("done", ["seed=1"])  # by a job that the sweep had left in a queue
     assert journal.jobs() == []
     left = tmp_path / "runs/.sweep-0123abcd.jsonl"
     left.write_text("of a sweep that was killed")
-    with cli._journal(tmp_path / "runs"):
+    with sweep.open_journal(tmp_path / "runs"):
         assert not left.exists()
     assert not list((tmp_path / "runs").iterdir())
-
-
-DEADLY = '''
-import os, signal
-from anomaly_lab.detector import Detector
-
-class Deadly(Detector):
-    """Makes a run, raises, or takes its whole process along, as the kernel does where memory is out."""
-
-    def __init__(self, image_shape, *, mood):
-        super().__init__(image_shape)
-        self.mood = mood
-
-    def before_fit(self, images):
-        if self.mood == "raises":
-            raise RuntimeError("a fault")
-        if self.mood == "dies":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def score(self, x):
-        return x.mean((1, 2, 3))
-'''
-
-
-@pytest.mark.slow
-def test_a_worker_that_is_killed_takes_no_other_run_along(tmp_path: Path, data: Path) -> None:
-    pytest.importorskip(
-        "hydra_plugins.hydra_joblib_launcher", reason="needs the extra: pip install anomaly-lab[parallel]"
-    )
-    configs = tmp_path / "conf" / "model"
-    configs.mkdir(parents=True)
-    (tmp_path / "deadly.py").write_text(DEADLY)
-    (configs / "deadly.yaml").write_text(PROBE_YAML.replace("probe.Probe", "deadly.Deadly, mood: fine"))
-    environment = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
-        "ANOMALY_LAB_DATA": str(data),
-        "OMP_NUM_THREADS": "1",
-        config.EXTRA_CONFIGS: str(tmp_path / "conf"),
-    }
-    moods = "model.detector.mood=dies,fine,raises,calm,merry"
-    words = ["-m", "hydra/launcher=parallel", "model=deadly", moods, "trainer.progress=false"]
-    code = "import sys; from anomaly_lab.cli import train; sys.argv[0] = 'anomaly-lab'; train()"
-    done = subprocess.run(
-        [sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == cli.FAILED, done.stdout + done.stderr
-    [counts] = re.findall(r"^5 runs: (.*)$", done.stdout, re.M)
-    assert set(counts.split(", ")) == {"3 done", "1 failed", "1 interrupted"}, done.stdout + done.stderr
-    assert re.search(r"^failed: .*mood=dies.*: its process was killed by signal 9$", done.stderr, re.M)
-    assert done.stderr.count("in before_fit") == 1, "what failed is not tried again in the same sweep"
-    [failure] = (tmp_path / "runs").rglob("failure.json")
-    assert "in before_fit" in json.loads(failure.read_text())["traceback"]
 
 
 # anomaly-lab-data -------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 
 import anomaly_lab
-from anomaly_lab import config, metrics, predict
+from anomaly_lab import cli, config, metrics, predict
 from anomaly_lab.datasets import ImageFolder
 from anomaly_lab.run import run
 
@@ -231,7 +231,7 @@ def test_a_device_that_is_not_there_is_said(made) -> None:
 def test_the_command_writes_scores_decisions_and_heat_maps(made, fitted, pngs, tmp_path, capsys) -> None:
     out, maps = tmp_path / "new" / "scores.csv", tmp_path / "maps"
     (pngs[0].parent / "notes.txt").write_text("no image")
-    assert predict.main([str(made.out), str(pngs[0].parent), "--out", str(out), "--heat-maps", str(maps)]) == 0
+    assert cli.score([str(made.out), str(pngs[0].parent), "--out", str(out), "--heat-maps", str(maps)]) == 0
     assert f"{len(pngs)} images scored: {out}" in capsys.readouterr().out
     with open(out) as file:
         rows = list(csv.DictReader(file))
@@ -254,14 +254,14 @@ def test_the_command_writes_scores_decisions_and_heat_maps(made, fitted, pngs, t
 )
 def test_an_unreadable_image_is_named_and_nothing_is_written(made, pngs, tmp_path, capsys, broken, message) -> None:
     broken(pngs[0])
-    assert predict.main([str(made.out), *map(str, pngs), "--out", str(tmp_path / "scores.csv")]) == 2
+    assert cli.score([str(made.out), *map(str, pngs), "--out", str(tmp_path / "scores.csv")]) == 2
     [line] = capsys.readouterr().err.splitlines()
     assert line.startswith("anomaly-lab-score: error: ") and message in line
     assert not (tmp_path / "scores.csv").exists()
 
 
 def test_a_folder_without_images_is_said(made, tmp_path, capsys) -> None:
-    assert predict.main([str(made.out), str(tmp_path)]) == 2
+    assert cli.score([str(made.out), str(tmp_path)]) == 2
     assert "no images (.bmp" in capsys.readouterr().err
 
 

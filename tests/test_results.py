@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import fcntl
 import json
 import shutil
 from pathlib import Path
@@ -190,41 +189,6 @@ def test_published_figures_on_contaminated_data_are_found_by_what_contaminates()
         found = results.published_kind(row["model"], row["dataset"], row["split"], problem, kind)
         assert found is not None and found.value == float(row["value"]) and found.status == "secondary"
     assert results.published_kind("itsr", "mnist", "official", "split.contamination.rate=0.01", "seen") is None
-
-
-# -------------------------------------------------------------------------------- status
-
-
-def test_status_tells_the_states_apart(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
-    runs.add(0.9, c=0)
-    locked = runs.other(".lock", "", c=1)
-    runs.other("failure.json", json.dumps({"error": "Diverged: loss is nan\nat step 3", "traceback": "..."}), c=2)
-    runs.other("last.ckpt", "x", c=3)
-    runs.other(".lock", "", c=4)  # its process died: the lock is free
-    (runs.root / AE / "mnist" / "official" / "n5" / "s0").mkdir(parents=True)
-    runs.other("failure.json", "{", c=6)
-    with open(locked / ".lock") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        found = {s.path.split("/")[3]: (s.state, s.detail) for s in results.status(runs.root)}
-        assert cli.report([str(runs.root), "--status"]) == 0
-    assert found == {
-        "n0": ("done", "AUROC 0.900"),
-        "n1": ("running", ""),
-        "n2": ("failed", "Diverged: loss is nan"),
-        "n3": ("interrupted", "resumes from last.ckpt"),
-        "n4": ("interrupted", "starts again"),
-        "n5": ("interrupted", "starts again"),
-        "n6": ("failed", "failure.json cannot be read"),
-    }
-    assert "7 runs: 1 done, 1 running, 2 failed, 3 interrupted" in capsys.readouterr().out
-    assert {s.path.split("/")[3]: s.state for s in results.status(runs.root)}["n1"] == "interrupted"
-
-
-def test_failed_run_that_is_tried_again_is_running(runs: Runs) -> None:
-    folder = runs.other("failure.json", json.dumps({"error": "x"}))
-    with open(folder / ".lock", "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        assert [s.state for s in results.status(runs.root)] == ["running"]
 
 
 def test_status_of_an_experiment_lists_what_is_missing(

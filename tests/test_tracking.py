@@ -74,7 +74,7 @@ def whole(tiny: Callable[..., Any]) -> Callable[[str], tuple[Path, dict[str, Any
             cfg = tiny(f"whole_{logger}", f"logger={logger}")
             result = run(cfg)
             assert result is not None
-            made[logger] = (config.run_dir(cfg), result)
+            made[logger] = (config.job(cfg).out, result)
         return made[logger]
 
     return make
@@ -126,7 +126,7 @@ def test_resumed_run_shows_the_same_rows_as_one_never_stopped(
     assert shown(logger, undisturbed) == without_seconds(result["history"])
 
     cfg = tiny(f"stopped_{logger}", f"logger={logger}")
-    out = config.run_dir(cfg)
+    out = config.job(cfg).out
     with pytest.raises(RuntimeError, match="on purpose"):
         run(cfg, callbacks=[Stop()])
     assert shown(logger, out) == without_seconds(result["history"])[:2]
@@ -193,7 +193,7 @@ def test_wandb_run_keeps_its_id_and_one_recording_through_failure_and_resume(
     tiny: Callable[..., Any], whole: Callable[[str], tuple[Path, dict[str, Any]]]
 ) -> None:
     cfg = tiny("failing_wandb", "logger=wandb")
-    out = config.run_dir(cfg)
+    out = config.job(cfg).out
     with pytest.raises(RuntimeError, match="on purpose"):
         run(cfg, callbacks=[Stop()])
     failed = read_offline(out)
@@ -514,15 +514,15 @@ def agents_command(point: Mapping[str, Any]) -> list[str]:
     return words
 
 
-def test_every_point_of_the_wandb_sweep_is_a_command_of_ours() -> None:
+def test_every_point_of_the_wandb_sweep_is_a_command_of_ours(tmp_path: Path) -> None:
     commands = [agents_command(point) for point in points()]
     assert len(commands) == 6
     folders = set()
     for program, *words in commands:
         assert program == "anomaly-lab"
-        cfg = config.compose(words)
+        cfg = config.compose([*words, f"data_dir={tmp_path}"])
         assert cfg.logger._target_ == "anomaly_lab.tracking.Wandb"
-        folders.add(config.run_dir(cfg))
+        folders.add(config.job(cfg).out)
     assert len(folders) == 6
 
 
@@ -537,13 +537,14 @@ def test_the_wandb_sweep_minimises_what_a_run_logs_and_a_known_point_is_answered
     monkeypatch.setenv("WANDB_SWEEP_ID", "sweep1")
     for trial in ("trial1", "trial2"):  # ids are the server's; the second agent was given the same point
         monkeypatch.setenv("WANDB_RUN_ID", trial)
-        out, before = config.run_dir(cfg), config.finished(cfg)
+        job = config.job(cfg)
+        before = job.finished()
         if before is None:
             result = run(cfg)
         else:
-            tracking.show_again(cfg, out, before)
+            tracking.show_again(job, before)
         wandb.teardown()
-        (folder,) = (out / "wandb").glob(f"offline-run-*-{trial}")
+        (folder,) = (job.out / "wandb").glob(f"offline-run-*-{trial}")
         seen = read_offline(folder)
         assert result is not None and seen["summary"][metric["name"]] == result["metrics"]["val_score"]
         assert [row["val_score"] for row in seen["history"] if "epoch" in row] == [

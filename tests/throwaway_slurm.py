@@ -1,22 +1,25 @@
 """A Slurm of one node, for the tests alone: munged, slurmctld and slurmd without systemd, in a folder, on free ports.
 
 Two CPUs, two pretend GPUs, and two partitions: jobs in ``high`` take the node away from those in ``main``, which are
-told five seconds before and put back into the queue. No accounting, as on many small clusters: no ``sacct``.
+told before and put back into the queue. No accounting, as on many small clusters: no ``sacct``. Timeouts are long: the
+machine may be busy, and no test waits for one.
 """
 
 from __future__ import annotations
 
 import contextlib
 import getpass
+import math
 import os
 import shutil
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
+
+from laboratory import until
 
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
 
@@ -53,11 +56,14 @@ PreemptMode=REQUEUE
 MpiDefault=none
 SwitchType=switch/none
 ReturnToService=2
-KillWait=5
-MinJobAge=300
+KillWait=30
+MinJobAge=3600
+MessageTimeout=30
+BatchStartTimeout=180
+UnkillableStepTimeout=180
 GresTypes=gpu
 NodeName={host} NodeAddr=127.0.0.1 CPUs=2 RealMemory=2000 Gres=gpu:2 State=UNKNOWN
-PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=30
+PartitionName=main Nodes={host} Default=YES MaxTime=INFINITE PriorityTier=1 PreemptMode=REQUEUE GraceTime=120
 PartitionName=high Nodes={host} Default=NO MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 """
 
@@ -82,9 +88,29 @@ class Cluster(NamedTuple):
         words = self("scontrol", "show", "job", "-o", number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def start_now(self, number: str) -> None:
-        """A job that was put back waits about two minutes; not in a test."""
-        self("scontrol", "update", f"JobId={number}", "StartTime=now")
+    def start_until(self, number: str, condition: Callable[[], object]) -> None:
+        """Start a job that was put back, which by itself waits two minutes, and wait for ``condition``.
+
+        A node that has not forgotten the job since it was lost refuses it and is drained, and the job waits again.
+        """
+        until(lambda: self.left(number), self.logs)  # else its run is still locked
+
+        def fulfilled() -> object:
+            self.back_in_service()
+            if self.job(number).get("Reason") == "BeginTime":
+                _said(self, "scontrol", "update", f"JobId={number}", "StartTime=now")  # an error if it has just started
+            return condition()
+
+        until(fulfilled, self.logs)
+
+    def bring_limit_near(self, number: str) -> None:
+        """Let a running job reach its time limit two to three minutes from now.
+
+        Slurm looks twice a minute whose limit is so near that it must be told, and counts limits in whole minutes.
+        """
+        hours, minutes, seconds = map(int, self.job(number)["RunTime"].split(":"))
+        limit = math.ceil((hours * 3600 + minutes * 60 + seconds + 120) / 60)
+        self("scontrol", "update", f"JobId={number}", f"TimeLimit={limit}")
 
     def submit(self, partition: str, *command: str) -> str:
         """A job beside those under test; its number."""
@@ -94,9 +120,9 @@ class Cluster(NamedTuple):
     def clear(self) -> None:
         """End every job, wait for it, and take the node back into service whatever has become of it."""
         self("scancel", "--user", getpass.getuser())
-        until(lambda: not self("squeue", "--noheader"), 60, self.logs)
+        until(lambda: not self("squeue", "--noheader"), self.logs)
         self.back_in_service()
-        until(lambda: "idle" in self("sinfo", "--noheader", "--format=%t"), 60, self.logs)
+        until(lambda: "idle" in self("sinfo", "--noheader", "--format=%t"), self.logs)
 
     def back_in_service(self) -> None:
         """What an administrator does with a node that Slurm has drained: a job that came back too soon is enough."""
@@ -111,14 +137,6 @@ class Cluster(NamedTuple):
     def logs(self) -> str:
         tails = [f"{log.name}:\n" + log.read_text()[-1500:] for log in self.folder.glob("slurm*.log")]
         return "\n".join(["", *tails])
-
-
-def until(condition: Callable[[], object], seconds: float, what: Callable[[], object] = str) -> None:
-    """Wait for ``condition``; an error with ``what()`` where it does not come true in time."""
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, what()
-        time.sleep(0.1)
 
 
 def _said(cluster: Cluster, *command: str) -> str:
@@ -162,7 +180,7 @@ def started(folder: Path, *, user_signal: bool = True) -> Iterator[Cluster]:
         cluster("slurmctld", "-c")
         cluster("slurmd")
         # The first moments it does not answer.
-        until(lambda: "idle" in _said(cluster, "sinfo", "--noheader", "--format=%T"), 60, cluster.logs)
+        until(lambda: "idle" in _said(cluster, "sinfo", "--noheader", "--format=%T"), cluster.logs)
         yield cluster
     finally:
         subprocess.run(["scancel", "--user", getpass.getuser()], env=cluster.environment, capture_output=True)

@@ -1,0 +1,90 @@
+"""Errors of users, machines and runs: each in one line, and the exit code that a command ends with."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from anomaly_lab.files import UNWRITABLE
+
+DONE, FAILED, MISTAKE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
+"""Exit codes: everything asked for is there; a run failed or is left; the command itself is wrong; Ctrl-C; SIGTERM."""
+
+EXTRAS = {"hydra/sweeper/optuna": "optuna"}
+"""Configs that come with an optional package, and the extra of ours that installs it."""
+
+
+class RunFailed(ValueError):
+    """The command was right; the run, or the machine, failed it. One line says what to do."""
+
+
+class Terminated(SystemExit):
+    """SIGTERM ended the run, which goes on after its last whole epoch when it is started again."""
+
+    def __init__(self, code: int = TERMINATED) -> None:
+        super().__init__(code)
+
+
+@contextmanager
+def sigterm_raises() -> Iterator[None]:
+    """SIGTERM as `Terminated` in the main thread during the block, where nobody else answers it."""
+
+    def end(number: int, frame: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def shortened(error: BaseException) -> str:
+    """The first 200 characters of an error's message in one line; its type where it has no message."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+def exit_code(error: Exception) -> int:
+    """`FAILED` where the command was right, else `MISTAKE`; of an error that `explained` has a line for."""
+    failed = isinstance(error, RunFailed) or (isinstance(error, OSError) and error.errno in UNWRITABLE)
+    return FAILED if failed else MISTAKE
+
+
+def explained(error: Exception) -> str | None:
+    """A user's mistake in one line that says what to do; None for a fault of ours, which keeps its traceback."""
+    # Late: whoever only shows its help has no configuration to be wrong.
+    from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
+    from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
+
+    text, cause = flat(str(error)), error.__cause__
+    if isinstance(error, OSError) and error.errno in UNWRITABLE:
+        where = error.filename or "a file"
+        return (
+            f"{where} cannot be written: {UNWRITABLE[error.errno]}. Make room or let it be written, or name another "
+            "place (runs=DIR); the same command then goes on after the last whole epoch"
+        )
+    if isinstance(error, MissingConfigException) and (extra := EXTRAS.get(error.missing_cfg_file or "")):
+        return f"{error.missing_cfg_file} needs an extra: pip install anomaly-lab[{extra}]"
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        return f"there is no {group}={name}: choose among {', '.join(error.options)}"
+    if isinstance(error, InstantiationException) and isinstance(cause, ValueError):
+        return flat(str(cause))  # what a data set, a split or a method says about its parameters
+    if isinstance(error, MissingMandatoryValue):
+        return f"{error.full_key} has no value: give {error.full_key}=..."
+    if isinstance(error, OverrideParseException):
+        return f"{error.override} is no key=value: {text}"
+    if isinstance(error, HydraException) and "--multirun" in text:
+        named = text.split("'")[1]
+        return f"{named} asks for several runs: add -m"
+    if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
+        return f"{cause.full_key} cannot be set ({flat(str(cause))}): anomaly-lab --cfg job shows the keys there are"
+    mistake = isinstance(error, HydraException | OmegaConfBaseException | ValueError | OSError)
+    return text if mistake else None
+
+
+def flat(text: str) -> str:
+    """One line of many, without what Hydra and OmegaConf add for their own developers."""
+    noise = ("See https://", "Error parsing override", "full_key:", "object_type=", "reference_type=")
+    return " ".join(line.strip() for line in text.splitlines() if line and not line.strip().startswith(noise))

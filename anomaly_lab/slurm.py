@@ -1,0 +1,228 @@
+"""Everything that knows Slurm: jobs are submitted, looked for in the queue, executed, and put back when they must go.
+
+A run's folder keeps the number of its job (``job.json``); Slurm's queue says how far the job is. So nobody waits for
+jobs, reads their pickled results or needs accounting. Imports nothing heavy, Hydra neither: status reports ask here.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from anomaly_lab.errors import FAILED, TERMINATED, flat
+from anomaly_lab.files import write_whole
+
+if TYPE_CHECKING:
+    from hydra.core.utils import JobReturn
+
+JOB_FILE = "job.json"
+
+# Until the job's own handlers stand, the signals that end it are ignored: a process that dies of one within the time
+# Slurm grants before a preemption counts as failed and is not put back.
+_DEAF = """sh -c 'trap "" USR2 TERM; exec "$0" "$@"'"""
+
+_PORTABLE = ("name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node")
+"""Parameters that submitit has for every cluster; all others get a ``slurm_`` before their name."""
+
+
+def installed() -> bool:
+    return shutil.which("sbatch") is not None
+
+
+# Where jobs are ---------------------------------------------------------------------------------------------------
+
+
+class Place(NamedTuple):
+    """Where the job submitted for a run is."""
+
+    running: bool  # False: it waits, for the first time or again
+    detail: str
+
+
+Queue = Mapping[str, tuple[str, str]]
+"""This user's jobs in Slurm's queue: number to state and node or reason."""
+
+
+def queue() -> Queue | None:
+    """Ask Slurm once; None where nobody answers."""
+    command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%R"]
+    try:
+        answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return None
+    lines = [line.split("|", 2) for line in answer.splitlines()]
+    return {number: (state, place) for number, state, place in lines}
+
+
+def place(folder: Path, queued: Callable[[], Queue | None]) -> Place | None:
+    """Where the job of the run in ``folder`` is; None without one, or once Slurm has it no longer.
+
+    Args:
+        queued: gives the `queue`; called only where a run was submitted.
+    """
+    try:
+        job = str(json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))["job"])
+    except FileNotFoundError:
+        return None
+    jobs = queued()
+    if jobs is None:  # elsewhere, or Slurm's controller is down: what was submitted counts as still there
+        return Place(False, f"Slurm job {job}, as far as is known without squeue")
+    if job not in jobs:
+        return None
+    state, node = jobs[job]
+    where = node if node.startswith("(") else f"on {node}"  # "(Priority)" while it waits
+    running = state in ("RUNNING", "COMPLETING", "STOPPED", "SUSPENDED", "SIGNALING", "STAGE_OUT")
+    return Place(running, f"Slurm job {job}, {state.lower()} {where}")
+
+
+# Submitting -------------------------------------------------------------------------------------------------------
+
+
+def submit(
+    make: Callable[..., JobReturn], runs: Sequence[tuple[Path, tuple[Any, ...]]], logs: str, sbatch: Mapping[str, Any]
+) -> str:
+    """Submit one job a run, as one job array, through submitit; the array's number.
+
+    Args:
+        make: makes a run in its job, under Hydra; pickled.
+        runs: the folder of each run and the arguments that ``make`` gets for it.
+        logs: where the jobs' output goes; submitit's ``%j`` is the job's number.
+        sbatch: submitit's parameters.
+
+    Raises:
+        ValueError: Slurm refuses the jobs.
+    """
+    import submitit  # an extra
+
+    from anomaly_lab import config
+
+    code = config.code()
+    executor: Any = submitit.AutoExecutor(logs, cluster="slurm", slurm_python=f"{_DEAF} {sys.executable}")
+    executor.update_parameters(
+        **{name if name in _PORTABLE else f"slurm_{name}": value for name, value in sbatch.items()}
+    )
+    arguments = [(folder, *rest) for folder, rest in runs]
+    try:
+        jobs: list[Any] = executor.map_array(QueuedRun(make, code), *zip(*arguments, strict=True))
+    except submitit.core.utils.FailedJobError as error:
+        raise ValueError(f"Slurm does not take the jobs: {error}") from error
+    record = {"submitted": datetime.now(UTC).isoformat(timespec="seconds"), "git": code}
+    for (folder, _), job in zip(runs, jobs, strict=True):
+        record_job(folder, {"job": job.job_id} | record)
+    return str(jobs[0].job_id).partition("_")[0]
+
+
+def record_job(folder: Path, job: Mapping[str, Any]) -> None:
+    """Keep in the run's folder that a job was submitted for it; under "job" its number."""
+    write_whole(folder / JOB_FILE, lambda file: file.write(json.dumps(job, indent=1).encode()))
+
+
+# In the job -------------------------------------------------------------------------------------------------------
+
+
+class QueuedRun(NamedTuple):
+    """What a Slurm job executes: one run, whose end is the job's end in Slurm's books too.
+
+    A job ends as COMPLETED with a result, or where another process is busy with the run; it goes back into the queue
+    after a `Notice`; and every other end is FAILED, with a reason in the run's ``failure.json``.
+    """
+
+    make: Callable[..., JobReturn]
+    code: Mapping[str, Any]  # at submission
+
+    def __call__(self, folder: Path, *arguments: Any) -> None:
+        notice = Notice(folder)
+        for wanted in (signal.SIGUSR2, signal.SIGTERM):
+            signal.signal(wanted, notice)
+        from anomaly_lab import config
+
+        os.environ[config.SUBMITTED] = json.dumps(self.code)
+        before = _version(folder / "failure.json")
+        try:
+            made = self.make(*arguments)
+            _ = made.return_value  # raises what the run has raised
+        except Exception as error:
+            if _version(folder / "failure.json") == before:  # it failed where nobody records it: before the run began
+                _record_failure(folder, f"{type(error).__name__}: {flat(str(error))}", traceback.format_exc())
+            raise
+
+
+def _version(path: Path) -> int:
+    return path.stat().st_mtime_ns if path.exists() else 0
+
+
+def _record_failure(folder: Path, line: str, trace: str = "") -> None:
+    failure = {"error": line, "traceback": trace, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+    try:
+        write_whole(folder / "failure.json", lambda file: file.write(json.dumps(failure, indent=1).encode()))
+    except OSError as error:
+        _say(f"the failure itself cannot be recorded: {error}")
+
+
+class Notice:
+    """The one owner of the signals by which Slurm says that a job must go. Only the first is answered.
+
+    Nothing is saved then: ``last.ckpt`` is at most an epoch old, and a state in the middle of an epoch would not go on
+    to the same bits. The job puts itself back into the queue and ends, whatever of its grace is left; to end without
+    that would count as failed. It does not come back if it was cancelled. Nor does it come back from a time limit
+    without a new checkpoint: the next attempt would end at the same place.
+
+    Args:
+        folder: of the run.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder, self._given = folder, False
+        self._before = _version(folder / "last.ckpt")
+
+    def __call__(self, number: int, frame: object) -> None:
+        if self._given:
+            return
+        self._given = True
+        array, task = (os.environ.get(f"SLURM_ARRAY_{name}_ID") for name in ("JOB", "TASK"))
+        job = f"{array}_{task}" if array else os.environ["SLURM_JOB_ID"]
+        shown = _scontrol("show", "job", "-o", job)
+        known = dict(word.split("=", 1) for word in shown.stdout.split() if "=" in word)
+        name = f"{signal.Signals(number).name} for Slurm job {job}"
+        if known.get("JobState") not in ("RUNNING", "SIGNALING", None):  # the second while the signal is on its way
+            _say(f"{name}: it ends here")
+            sys.exit(TERMINATED)
+        preempted = known.get("PreemptTime", "None") != "None"
+        if known and not preempted and _version(self._folder / "last.ckpt") == self._before:
+            line = (
+                f"{name} came after {known.get('RunTime')} (time limit {known.get('TimeLimit')}), before a checkpoint "
+                "was written: the next attempt would end at the same place. Give hydra.launcher.timeout_min=... an "
+                "epoch, hydra.launcher.signal_delay_s, and the minute by which Slurm may be early"
+            )
+            # Recorded here and a SystemExit: whatever the signal has interrupted may catch every Exception.
+            _record_failure(self._folder, line)
+            _say(line)
+            sys.exit(FAILED)
+        requeued = _scontrol("requeue", job)
+        if requeued.returncode:
+            _say(f"{name}: it cannot be put back ({requeued.stderr.strip()}), so it works on until Slurm ends it")
+            return
+        reason = "preempted" if preempted else "at its time limit"
+        _say(f"{name}, {reason}: put back into the queue, goes on after the last whole epoch")
+        sys.exit(TERMINATED)
+
+
+def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:
+    command = ["scontrol", *words]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except (OSError, subprocess.SubprocessError) as error:
+        return subprocess.CompletedProcess(command, 1, "", str(error))
+
+
+def _say(line: str) -> None:
+    os.write(sys.stderr.fileno(), f"{line}\n".encode())  # print() may be what the signal has interrupted

@@ -1,0 +1,110 @@
+"""How far runs are: done, running, queued, failed, interrupted, damaged or missing, by what lies in their folders.
+
+Imports nothing heavy, and asks Slurm once, where a run was submitted to it.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from anomaly_lab import results, slurm
+from anomaly_lab.files import is_locked
+
+if TYPE_CHECKING:
+    from anomaly_lab.config import Job
+
+STATES = ("done", "running", "queued", "failed", "interrupted", "damaged", "missing")
+
+
+class Status(NamedTuple):
+    """How far a run is."""
+
+    state: str  # one of STATES
+    path: str  # of its folder, below the folder of runs
+    detail: str = ""
+    with_slurm: bool = False  # it goes on by itself
+
+
+def under(runs: str | Path, expected: Sequence[Job] | None = None) -> list[Status]:
+    """The state of every run under ``runs``, or, given an experiment's grid, of every run of the grid.
+
+    A run is running while a process holds the lock on its `.lock`, or Slurm says so of its job; queued while
+    its job waits, for the first time or again; failed with a `failure.json` and no result; interrupted when its
+    folder has nothing of these (it resumes when it is started again); damaged when its result cannot be read;
+    missing when the grid asks for it and there is no folder.
+
+    Returns:
+        what is done first, then by the order of `STATES`.
+
+    Raises:
+        ValueError: ``runs`` is not a folder.
+    """
+    runs = Path(runs)
+    if expected is None:
+        if not runs.is_dir():
+            raise ValueError(f"{runs} is not a folder: name the one that holds the runs, such as runs/")
+        paths = [folder.relative_to(runs).as_posix() for folder in run_folders(runs)]
+    else:
+        paths = list(dict.fromkeys(job.path for job in expected))
+    queue = functools.cache(slurm.queue)
+    states = [_status(runs, path, queue) for path in paths]
+    return sorted(states, key=lambda s: (STATES.index(s.state), results.natural(s.path)))
+
+
+def of(job: Job, queue: Callable[[], slurm.Queue | None] = slurm.queue) -> Status:
+    """The state of one run. Who asks for many of them gives a ``queue`` that is asked once."""
+    return _status(Path(job.cfg.runs), job.path, queue)
+
+
+def _status(runs: Path, path: str, queue: Callable[[], slurm.Queue | None]) -> Status:
+    folder = runs / path
+    if not folder.is_dir():
+        return Status("missing", path)
+    if (folder / "result.json").exists():
+        try:
+            row, _ = results.read_run(folder, path)
+        except ValueError as error:
+            return Status("damaged", path, str(error))
+        return Status("done", path, f"AUROC {row['auroc']:.3f}")
+    place = slurm.place(folder, queue)
+    if is_locked(folder / ".lock"):
+        return Status("running", path, place.detail if place else "", place is not None)
+    if place is not None:
+        return Status("running" if place.running else "queued", path, place.detail, True)
+    if (folder / "failure.json").exists():
+        try:
+            failure = json.loads((folder / "failure.json").read_text(encoding="utf-8"))
+            text = str(failure["error"]).strip()
+        except (ValueError, KeyError, TypeError, OSError):
+            text = "failure.json cannot be read"
+        return Status("failed", path, text.splitlines()[0] if text else "no message")
+    resumes = (folder / "last.ckpt").exists()
+    return Status("interrupted", path, "resumes from last.ckpt" if resumes else "starts again")
+
+
+def text(states: Sequence[Status]) -> str:
+    """A line a run, and the counts."""
+    lines = [f"{s.state:<12}{s.path}{'  ' + s.detail if s.detail else ''}" for s in states]
+    counts = [f"{sum(s.state == state for s in states)} {state}" for state in STATES]
+    shown = [text for text in counts if not text.startswith("0 ")]
+    return "\n".join([*lines, f"{len(states)} runs: {', '.join(shown)}" if states else "no runs"])
+
+
+def run_folders(runs: Path) -> Iterator[Path]:
+    """The folders of runs under ``runs``: by what lies in them, or while still empty by their name, n8/s0 or a8/s0."""
+    marks = {"result.json", "failure.json", "last.ckpt", ".lock", slurm.JOB_FILE}
+    for folder, inner, files in os.walk(runs):
+        inner.sort()
+        path = Path(folder)
+        if path == runs:
+            continue
+        named = re.fullmatch(r"s\d+(-[0-9a-f]{8})?", path.name) and re.fullmatch(r"[na]\d+", path.parent.name)
+        if named or not marks.isdisjoint(files):
+            inner.clear()
+            yield path

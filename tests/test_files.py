@@ -1,0 +1,70 @@
+"""Locks: held by one process, seen by others, gone with their process, and done without where there are none."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from anomaly_lab.errors import shortened
+from anomaly_lab.files import is_locked, locked, take_lock
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from anomaly_lab.files import locked
+with locked(Path(sys.argv[1])) as mine:
+    print(mine, flush=True)
+    time.sleep(600)
+"""
+
+
+def test_a_folder_is_locked_by_one_process_until_it_dies(tmp_path: Path) -> None:
+    part = tmp_path / ".scores.npz.0123abcd.part"
+    with subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == "True\n"
+            part.write_bytes(b"half")
+            assert is_locked(tmp_path / ".lock")
+            with locked(tmp_path) as mine:
+                assert not mine and part.exists(), "another process may be writing it"
+        finally:
+            other.kill()
+    assert not is_locked(tmp_path / ".lock")
+    with locked(tmp_path) as mine:
+        assert mine and not part.exists(), "what a killed process left half-written"
+        assert is_locked(tmp_path / ".lock")
+
+
+def test_to_ask_takes_no_lock_away(tmp_path: Path) -> None:
+    assert not is_locked(tmp_path / ".lock"), "no file, no lock"
+    with open(tmp_path / ".lock", "w") as file:
+        assert not is_locked(tmp_path / ".lock") and take_lock(file) and is_locked(tmp_path / ".lock")
+        assert take_lock(file), "its own"
+
+
+def test_without_locks_a_folder_is_ones_own_with_a_warning(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_locks(*_: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", no_locks)
+    part = tmp_path / "new" / ".scores.npz.0123abcd.part"
+    part.parent.mkdir()
+    part.write_bytes(b"half")
+    with locked(tmp_path / "new") as mine:
+        assert mine and part.exists(), "without a lock it might be somebody's"
+    assert "cannot be locked" in caplog.text
+    assert not is_locked(tmp_path / "new" / ".lock")
+
+
+def test_an_error_in_its_first_words() -> None:
+    assert shortened(ValueError("two\n lines")) == "two lines"
+    assert shortened(ValueError("x" * 1000)) == "x" * 200
+    assert shortened(EOFError()) == "EOFError"
