@@ -269,6 +269,8 @@ def _explained(error: Exception) -> str | None:
     from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
+    from anomaly_lab import config
+
     text, cause = _flat(str(error)), error.__cause__
     if isinstance(error, OSError) and error.errno in UNWRITABLE:
         where = error.filename or "a file"
@@ -280,6 +282,9 @@ def _explained(error: Exception) -> str | None:
         return f"{error.missing_cfg_file} needs an extra: pip install anomaly-lab[{extra}]"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
+        method = name.removesuffix(config.SMALL)
+        if group == "model" and name != method and method in error.options:
+            return f"there is no model={name}: write model={method} size=small"
         return f"there is no {group}={name}: choose among {', '.join(error.options)}"
     if isinstance(error, InstantiationException) and isinstance(cause, ValueError):
         return _flat(str(cause))  # what a data set, a split or a method says about its parameters
@@ -457,7 +462,7 @@ def _kind(cfg: Any) -> tuple[Any, ...]:
     """Runs of one kind take about the same time: all but class and seed are equal."""
     from anomaly_lab import config
 
-    return (cfg.choices.model, cfg.dataset.name, cfg.choices.split, str(config.changed(cfg)))
+    return (config.model_name(cfg), cfg.dataset.name, cfg.choices.split, str(config.changed(cfg)))
 
 
 def data(argv: Sequence[str] | None = None) -> int:

@@ -47,6 +47,9 @@ NOT_IDENTITY = ("dataset.data_dir", "dataset.path", "dataset.name")
 NAMES_OF_RUNS = ("normal_class", "abnormal_class", "seed")
 """Keys at the top of train.yaml that no other part of a configuration is chosen by."""
 
+SMALL = "_small"
+"""Ends the name of a run's model where its size is reduced: in folders, in tables, in every committed result."""
+
 SUBMITTED = "ANOMALY_LAB_SUBMITTED"
 """Environment variable of a queued job: the `code` it was submitted with, as JSON."""
 
@@ -79,6 +82,21 @@ def code() -> dict[str, Any]:
         }
     except (OSError, subprocess.CalledProcessError):
         return {"sha": None, "dirty": None, "diff": None}
+
+
+def _size(cfg: DictConfig) -> str:
+    size = cfg.get("size")
+    if size not in ("full", "small"):
+        raise ValueError(f"size={size}: choose full, the paper's, or small")
+    return str(size)
+
+
+def _of_size(full: Any, small: Any, *, _root_: DictConfig) -> Any:
+    """``${size:64,16}``: 64 where the whole configuration says ``size: full``, 16 where it says ``size: small``."""
+    return full if _size(_root_) == "full" else small
+
+
+OmegaConf.register_new_resolver("size", _of_size, replace=True)  # whoever composes or makes a run imports this module
 
 
 def search_path() -> list[str]:
@@ -216,8 +234,30 @@ def _identity_keys(cfg: DictConfig) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=256)
-def _defaults(choices: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-    return _identity_keys(compose([f"{group}={choice}" for group, choice in choices]))
+def _defaults(size: str, choices: tuple[str, ...]) -> tuple[dict[str, Any], bool]:
+    """What the yamls of the chosen groups say at that size; and whether the model's has two sizes."""
+    groups = zip(GROUPS, choices, strict=True)
+    cfg = compose([f"size={size}", *(f"{group}={choice}" for group, choice in groups)])
+    return _identity_keys(cfg), "${size:" in OmegaConf.to_yaml(cfg.model)
+
+
+def _defaults_of(cfg: DictConfig) -> tuple[dict[str, Any], bool]:
+    return _defaults(_size(cfg), tuple(cfg.choices[group] for group in GROUPS))
+
+
+def reduced(cfg: DictConfig) -> bool:
+    """Whether the method of ``cfg`` is smaller than its paper's: ``size=small``, and its yaml has a small size.
+
+    Raises:
+        ValueError: ``size`` is neither full nor small.
+    """
+    _, has_sizes = _defaults_of(cfg)
+    return has_sizes and _size(cfg) == "small"
+
+
+def model_name(cfg: DictConfig) -> str:
+    """How a run names its model, in its folder and in tables: ``ganomaly``, or ``ganomaly_small`` where `reduced`."""
+    return str(cfg.choices.model) + SMALL * reduced(cfg)
 
 
 def settings(cfg: DictConfig) -> dict[str, Any]:
@@ -232,7 +272,7 @@ def refuse_other_settings(kept: Mapping[str, Any], cfg: DictConfig, place: Path)
 def changed(cfg: DictConfig) -> dict[str, Any]:
     """Every key that can change a result and differs from the defaults of the chosen groups; empty for a plain run."""
     own = _identity_keys(cfg)
-    default = _defaults(tuple((group, cfg.choices[group]) for group in GROUPS))
+    default, _ = _defaults_of(cfg)
     differing = (key for key in sorted(own.keys() | default.keys()) if own.get(key) != default.get(key))
     return {key: _plain(own.get(key)) for key in differing}
 
@@ -336,12 +376,12 @@ def job(cfg: DictConfig) -> Job:
     """The run that ``cfg`` describes.
 
     Raises:
-        ValueError: see `target`; or a seed that is no whole number.
+        ValueError: see `target` and `reduced`; or a seed that is no whole number.
     """
     if type(cfg.seed) is not int or cfg.seed < 0:
         raise ValueError(f"seed={cfg.seed}: give a whole number from 0")
     own = {
-        "model": cfg.choices.model,
+        "model": model_name(cfg),
         "dataset": cfg.dataset.name,
         "split": cfg.choices.split,
         "normal_class": target(cfg),

@@ -255,14 +255,14 @@ def _stages(cfg: DictConfig) -> dict[str, int]:
 def _epochs(cfg: DictConfig, data: OneClassData) -> int:
     """The budget in whole epochs; a budget of steps is rounded up."""
     budget, stages = cfg.model.budget, _stages(cfg)
-    if (budget.epochs is not None) + (budget.steps is not None) + bool(stages) != 1:
+    if (budget.epochs is not None) + (budget.steps is not None) + bool(stages) > 1:
         raise ValueError("give model.budget one of epochs, steps and stages, and null for the others")
     for name in ("epochs", "steps"):
         if budget[name] is not None and (type(budget[name]) is not int or budget[name] < 0):
             raise ValueError(f"model.budget.{name}={budget[name]}: give a whole number from 0")
     if stages:
         return sum(stages.values())
-    return int(budget.epochs) if budget.steps is None else math.ceil(budget.steps / data.steps)
+    return int(budget.epochs or 0) if budget.steps is None else math.ceil(budget.steps / data.steps)
 
 
 def make_trainer(

@@ -25,6 +25,11 @@ TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 
     [
         ("model=typo", "there is no model=typo: choose among aae, "),
         ("-m seed=0,1 model=ede,typo", "there is no model=typo: choose among"),
+        ("model=ganomaly_small", "there is no model=ganomaly_small: write model=ganomaly size=small"),
+        ("-m model=ede,ganomaly_small", "there is no model=ganomaly_small: write model=ganomaly size=small"),
+        ("model=typo_small", "there is no model=typo_small: choose among"),
+        ("size=medium", "size=medium: choose full, the paper's, or small"),
+        ("size=medium --cfg job --resolve", "size=medium: choose full, the paper's, or small"),
         ("experiment=typo", "there is no experiment=typo: choose among akcay2018,"),
         ("hydra/launcher=typo", "there is no hydra/launcher=typo: choose among abreast, basic"),
         ("typo=1", "typo cannot be set"),
@@ -177,7 +182,7 @@ def test_a_dry_run_counts_estimates_and_does_nothing(lab: Command) -> None:
     assert [line.split()[0] for line in todo] == ["missing", "missing"] and "/n2/" in todo[0] and "/n3/" in todo[1]
     assert counts == "4 runs: 2 done, 2 to do; about 4 minutes one after another"
 
-    code, out, _ = lab(f"{TINY} seed=0,1 model=shared_ae_small,ede_small --dry-run")
+    code, out, _ = lab(f"{TINY} seed=0,1 model=shared_ae,ede --dry-run")
     assert out.splitlines()[-1] == (
         "4 runs: 1 done, 3 to do; about 2 minutes one after another for 1 of them; "
         "no finished run tells how long 2 of them take"
@@ -273,14 +278,14 @@ def test_the_parallel_launcher_runs_jobs_in_processes_that_share_the_cores(tmp_p
     probes.mkdir()
     configs.mkdir(parents=True)
     (tmp_path / "probe.py").write_text(PROBE)
-    (configs / "probe.yaml").write_text(PROBE_YAML)
+    (configs / "probe.yaml").write_text(PROBE_YAML.replace("batch_size: 64", "batch_size: ${size:32,64}"))
     environment = {key: value for key, value in os.environ.items() if not key.endswith("_NUM_THREADS")} | {
         "PYTHONPATH": os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]),
         "PROBES": str(probes),
         "ANOMALY_LAB_DATA": str(data),
         config.EXTRA_CONFIGS: str(tmp_path / "conf"),
     }
-    words = ["-m", "hydra/launcher=parallel", "model=probe", "seed=0,1", "trainer.progress=false"]
+    words = ["-m", "hydra/launcher=parallel", "model=probe", "size=full,small", "trainer.progress=false"]
     code = "import sys; from anomaly_lab.cli import train; sys.argv[0] = 'anomaly-lab'; train()"
     done = subprocess.run(
         [sys.executable, "-c", code, *words], cwd=tmp_path, env=environment, capture_output=True, text=True
@@ -289,6 +294,9 @@ def test_the_parallel_launcher_runs_jobs_in_processes_that_share_the_cores(tmp_p
     assert done.stdout.endswith("2 runs: 2 done\n")
     threads = [int(path.read_text()) for path in probes.iterdir()]
     assert threads == [max(1, len(os.sched_getaffinity(0)) // 2)] * 2
+    for name, batch_size in (("probe", 32), ("probe_small", 64)):
+        result = json.loads((tmp_path / "runs" / name / "digits/pooled/n0/s0/result.json").read_text())
+        assert result["settings"]["model.batch_size"] == batch_size
 
 
 def test_a_sweeps_journal_outlives_torn_lines_and_is_not_made_anew_by_late_jobs(tmp_path: Path) -> None:

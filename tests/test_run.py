@@ -85,7 +85,7 @@ def test_a_run_writes_what_the_design_says(finished: tuple[DictConfig, dict[str,
     assert figures == {"roc.png", "scores.png", "reconstructions.png", "training.png"}
     assert result["epochs"] == 4 and result["steps"] == 12 and len(result["history"]) == 4
     assert result["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert result["config"]["choices"]["model"] == "shared_ae_small"
+    assert (result["config"]["choices"]["model"], result["config"]["size"]) == ("shared_ae", "small")
 
 
 def test_metrics_are_those_of_the_written_scores(finished: tuple[DictConfig, dict[str, Any], Weights]) -> None:
@@ -107,9 +107,7 @@ def test_the_checkpoint_holds_tensors_and_plain_values_only(
 def test_another_layout_of_weights_changes_the_order_of_sums_and_nothing_else(tmp_path: Path) -> None:
     found = []
     for layout in ("false", "true"):
-        cfg = tiny(
-            tmp_path / layout, "model=ganomaly_small", "model.budget.epochs=1", f"trainer.channels_last={layout}"
-        )
+        cfg = tiny(tmp_path / layout, "model=ganomaly", "model.budget.epochs=1", f"trainer.channels_last={layout}")
         detector = make_detector(cfg, (1, 32, 32))
         last = detector.encoder[2].weight.is_contiguous(memory_format=torch.channels_last)
         assert last is (layout == "true")
@@ -148,7 +146,7 @@ def comparable(history: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("layout", ["trainer.channels_last=false", "trainer.channels_last=true"])
-@pytest.mark.parametrize("model", ["shared_ae_small", "autoencoder_small"])
+@pytest.mark.parametrize("model", ["shared_ae", "autoencoder"])
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, model: str, layout: str) -> None:
     whole, weights = Weights(), Weights()
     straight = tiny(tmp_path / "straight", f"model={model}", layout)
