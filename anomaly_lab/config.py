@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.utils import _locate
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
@@ -275,6 +277,50 @@ def changed(cfg: DictConfig) -> dict[str, Any]:
     default, _ = _defaults_of(cfg)
     differing = (key for key in sorted(own.keys() | default.keys()) if own.get(key) != default.get(key))
     return {key: _plain(own.get(key)) for key in differing}
+
+
+def refuse_missing_keys(cfg: DictConfig, *, learns: bool = False) -> None:
+    """Name every key that a method's yaml lacks; imports the classes that its ``detector`` names.
+
+    Args:
+        learns: the method has players, which need an optimiser and a budget.
+
+    Raises:
+        ValueError: a key of ``model`` is ``???``, or an argument without a default is not given.
+    """
+    model = cfg.model
+    detector = OmegaConf.to_container(model.detector, resolve=True)
+    missing = {*map(str, OmegaConf.missing_keys(model)), *_missing_arguments(detector, "model.detector")}
+    if learns and model.optimizer is None:
+        missing.add("model.optimizer")
+    if learns and not any(model.budget.get(kind) is not None for kind in ("epochs", "steps", "stages")):
+        missing.add("model.budget.epochs (or .steps or .stages)")
+    missing.discard("model.detector.image_shape")  # comes from the data
+    if missing:
+        raise ValueError(f"{_yaml_of(cfg.choices.model)} lacks {', '.join(sorted(missing))}")
+
+
+def _missing_arguments(section: Any, prefix: str) -> Iterator[str]:
+    if not isinstance(section, Mapping):
+        return
+    if "_target_" in section and not section.get("_partial_") and "_args_" not in section:
+        try:
+            parameters = list(inspect.signature(_locate(section["_target_"])).parameters.values())
+        except Exception:  # no such class: Hydra says so in its own words
+            parameters = []
+        for parameter in parameters:
+            named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            if named and parameter.default is parameter.empty and parameter.name not in section:
+                yield f"{prefix}.{parameter.name}"
+    for key, value in section.items():
+        yield from _missing_arguments(value, f"{prefix}.{key}")
+
+
+def _yaml_of(model: str) -> str:
+    extra = os.environ.get(EXTRA_CONFIGS)
+    folders = [CONFIG_DIR, Path(extra)] if extra else [CONFIG_DIR]
+    files = (folder / "model" / f"{model}.yaml" for folder in folders)  # none for runs of configs that are gone
+    return next((str(file) for file in files if file.is_file()), f"model={model}")
 
 
 def _plain(value: Any) -> Any:

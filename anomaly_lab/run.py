@@ -228,11 +228,14 @@ def make_data(cfg: DictConfig) -> OneClassData:
 
 def make_detector(cfg: DictConfig, image_shape: Sequence[int]) -> Detector:
     """The untrained detector of ``cfg`` for images of shape (C,S,S); same seed, same weights."""
+    config.refuse_missing_keys(cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(cfg.seed, "weights"))
         detector = instantiate(cfg.model.detector, image_shape=tuple(image_shape), _convert_="all")
     if not isinstance(detector, Detector):
         raise ValueError(f"model={cfg.choices.model}: model.detector._target_ must name a subclass of Detector")
+    if detector.players():
+        config.refuse_missing_keys(cfg, learns=True)
     optimizer, scheduler = (instantiate(cfg.model[key], _convert_="all") for key in ("optimizer", "scheduler"))
     detector.optimise_with(optimizer, scheduler, cfg.model.clip)
     if cfg.trainer.channels_last:

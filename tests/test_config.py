@@ -287,6 +287,14 @@ class Neighbours(Detector):
 
     def score(self, x):
         return torch.cdist(x.flatten(1), self.bank, self.p).kthvalue(self.k).values
+
+class Learning(Neighbours):
+    def __init__(self, image_shape, *, k, width, part, p=2.0):
+        super().__init__(image_shape, k=k, p=p)
+        self.net = part
+
+    def players(self):
+        return {"net": [self.net]}
 '''
 
 
@@ -314,3 +322,25 @@ def test_the_yaml_of_a_method_without_gradients_holds_its_own_numbers_only(users
 
     result = run(job.cfg)
     assert result is not None and result["epochs"] == result["steps"] == 0 and result["metrics"]["auroc"] > 0.9
+
+
+def test_what_a_yaml_lacks_is_named_at_once_with_its_file(users: Path) -> None:
+    from anomaly_lab.run import make_detector
+
+    own = ["_target_: neighbours.Learning", "width: ???", "part: {_target_: torch.nn.Linear, bias: false}"]
+    (users / "learning.yaml").write_text("\n  ".join(["# Mine.\ndetector:", *own]))
+    with pytest.raises(ValueError) as caught:
+        make_detector(config.compose(["model=learning"]), (1, 8, 8))
+    names = [f"model.detector.{name}" for name in ("k", "part.in_features", "part.out_features", "width")]
+    assert str(caught.value) == f"{users / 'learning.yaml'} lacks {', '.join(names)}"
+
+    part = "+model.detector.part.in_features=1 +model.detector.part.out_features=1"
+    whole = ["model=learning", *part.split(), "+model.detector.k=1", "model.detector.width=1"]
+    with pytest.raises(ValueError, match=r"lacks model\.budget\.epochs \(or \.steps or \.stages\), model\.optimizer$"):
+        make_detector(config.compose(whole), (1, 8, 8))
+    learns = ["model.budget.epochs=1", "model.optimizer={_target_:torch.optim.SGD,_partial_:true,lr:1}"]
+    assert make_detector(config.compose([*whole, *learns]), (1, 8, 8)).players()
+
+    (users / "empty.yaml").write_text("# Nothing yet.\nbatch_size: 8\n")
+    with pytest.raises(ValueError, match=r"empty\.yaml lacks model\.detector\._target_$"):
+        make_detector(config.compose(["model=empty"]), (1, 8, 8))
