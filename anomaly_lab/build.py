@@ -61,11 +61,14 @@ def make_data(job: Job) -> OneClassData:
 
 def make_detector(cfg: DictConfig, image_shape: Sequence[int]) -> Detector:
     """The untrained detector of ``cfg`` for images of shape (C,S,S); same seed, same weights."""
+    config.refuse_missing_keys(cfg)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(cfg.seed, "weights"))
         detector = instantiate(cfg.model.detector, image_shape=tuple(image_shape), _convert_="all")
     if not isinstance(detector, Detector):
         raise ValueError(f"model={cfg.choices.model}: model.detector._target_ must name a subclass of Detector")
+    if detector.players():
+        config.refuse_missing_keys(cfg, learns=True)
     optimizer, scheduler = (instantiate(cfg.model[key], _convert_="all") for key in ("optimizer", "scheduler"))
     detector.learning = Learning(optimizer, scheduler, cfg.model.clip)
     detector.randomness.follow(cfg.seed)
@@ -89,14 +92,14 @@ def _stages(cfg: DictConfig) -> dict[str, int]:
 def _epochs(cfg: DictConfig, data: OneClassData) -> int:
     """The budget in whole epochs; a budget of steps is rounded up."""
     budget, stages = cfg.model.budget, _stages(cfg)
-    if (budget.epochs is not None) + (budget.steps is not None) + bool(stages) != 1:
+    if (budget.epochs is not None) + (budget.steps is not None) + bool(stages) > 1:
         raise ValueError("give model.budget one of epochs, steps and stages, and null for the others")
     for name in ("epochs", "steps"):
         if budget[name] is not None and (type(budget[name]) is not int or budget[name] < 0):
             raise ValueError(f"model.budget.{name}={budget[name]}: give a whole number from 0")
     if stages:
         return sum(stages.values())
-    return int(budget.epochs) if budget.steps is None else math.ceil(budget.steps / data.steps)
+    return int(budget.epochs or 0) if budget.steps is None else math.ceil(budget.steps / data.steps)
 
 
 # Trainer --------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import inspect
 import itertools
 import json
 import os
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hydra import compose as hydra_compose
 from hydra import initialize_config_dir
+from hydra._internal.utils import _locate
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
@@ -47,6 +49,9 @@ NOT_IDENTITY = ("dataset.data_dir", "dataset.path", "dataset.name")
 
 NAMES_OF_RUNS = ("normal_class", "abnormal_class", "seed")
 """Keys at the top of train.yaml that no other part of a configuration is chosen by."""
+
+SMALL = "_small"
+"""Ends the name of a run's model where its size is reduced: in folders, in tables, in every committed result."""
 
 SUBMITTED = "ANOMALY_LAB_SUBMITTED"
 """Environment variable of a queued job: the `code` it was submitted with, as JSON."""
@@ -80,6 +85,21 @@ def code() -> dict[str, Any]:
         }
     except (OSError, subprocess.CalledProcessError):
         return {"sha": None, "dirty": None, "diff": None}
+
+
+def _size(cfg: DictConfig) -> str:
+    size = cfg.get("size")
+    if size not in ("full", "small"):
+        raise ValueError(f"size={size}: choose full, the paper's, or small")
+    return str(size)
+
+
+def _of_size(full: Any, small: Any, *, _root_: DictConfig) -> Any:
+    """``${size:64,16}``: 64 where the whole configuration says ``size: full``, 16 where it says ``size: small``."""
+    return full if _size(_root_) == "full" else small
+
+
+OmegaConf.register_new_resolver("size", _of_size, replace=True)  # whoever composes or makes a run imports this module
 
 
 def search_path() -> list[str]:
@@ -217,8 +237,30 @@ def _identity_keys(cfg: DictConfig) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=256)
-def _defaults(choices: tuple[tuple[str, str], ...]) -> dict[str, Any]:
-    return _identity_keys(compose([f"{group}={choice}" for group, choice in choices]))
+def _defaults(size: str, choices: tuple[str, ...]) -> tuple[dict[str, Any], bool]:
+    """What the yamls of the chosen groups say at that size; and whether the model's has two sizes."""
+    groups = zip(GROUPS, choices, strict=True)
+    cfg = compose([f"size={size}", *(f"{group}={choice}" for group, choice in groups)])
+    return _identity_keys(cfg), "${size:" in OmegaConf.to_yaml(cfg.model)
+
+
+def _defaults_of(cfg: DictConfig) -> tuple[dict[str, Any], bool]:
+    return _defaults(_size(cfg), tuple(cfg.choices[group] for group in GROUPS))
+
+
+def reduced(cfg: DictConfig) -> bool:
+    """Whether the method of ``cfg`` is smaller than its paper's: ``size=small``, and its yaml has a small size.
+
+    Raises:
+        ValueError: ``size`` is neither full nor small.
+    """
+    _, has_sizes = _defaults_of(cfg)
+    return has_sizes and _size(cfg) == "small"
+
+
+def model_name(cfg: DictConfig) -> str:
+    """How a run names its model, in its folder and in tables: ``ganomaly``, or ``ganomaly_small`` where `reduced`."""
+    return str(cfg.choices.model) + SMALL * reduced(cfg)
 
 
 def settings(cfg: DictConfig) -> dict[str, Any]:
@@ -229,9 +271,53 @@ def settings(cfg: DictConfig) -> dict[str, Any]:
 def changed(cfg: DictConfig) -> dict[str, Any]:
     """Every key that can change a result and differs from the defaults of the chosen groups; empty for a plain run."""
     own = _identity_keys(cfg)
-    default = _defaults(tuple((group, cfg.choices[group]) for group in GROUPS))
+    default, _ = _defaults_of(cfg)
     differing = (key for key in sorted(own.keys() | default.keys()) if own.get(key) != default.get(key))
     return {key: _plain(own.get(key)) for key in differing}
+
+
+def refuse_missing_keys(cfg: DictConfig, *, learns: bool = False) -> None:
+    """Name every key that a method's yaml lacks; imports the classes that its ``detector`` names.
+
+    Args:
+        learns: the method has players, which need an optimiser and a budget.
+
+    Raises:
+        ValueError: a key of ``model`` is ``???``, or an argument without a default is not given.
+    """
+    model = cfg.model
+    detector = OmegaConf.to_container(model.detector, resolve=True)
+    missing = {*map(str, OmegaConf.missing_keys(model)), *_missing_arguments(detector, "model.detector")}
+    if learns and model.optimizer is None:
+        missing.add("model.optimizer")
+    if learns and not any(model.budget.get(kind) is not None for kind in ("epochs", "steps", "stages")):
+        missing.add("model.budget.epochs (or .steps or .stages)")
+    missing.discard("model.detector.image_shape")  # comes from the data
+    if missing:
+        raise ValueError(f"{_yaml_of(cfg.choices.model)} lacks {', '.join(sorted(missing))}")
+
+
+def _missing_arguments(section: Any, prefix: str) -> Iterator[str]:
+    if not isinstance(section, Mapping):
+        return
+    if "_target_" in section and not section.get("_partial_") and "_args_" not in section:
+        try:
+            parameters = list(inspect.signature(_locate(section["_target_"])).parameters.values())
+        except Exception:  # no such class: Hydra says so in its own words
+            parameters = []
+        for parameter in parameters:
+            named = parameter.kind in (parameter.POSITIONAL_OR_KEYWORD, parameter.KEYWORD_ONLY)
+            if named and parameter.default is parameter.empty and parameter.name not in section:
+                yield f"{prefix}.{parameter.name}"
+    for key, value in section.items():
+        yield from _missing_arguments(value, f"{prefix}.{key}")
+
+
+def _yaml_of(model: str) -> str:
+    extra = os.environ.get(EXTRA_CONFIGS)
+    folders = [CONFIG_DIR, Path(extra)] if extra else [CONFIG_DIR]
+    files = (folder / "model" / f"{model}.yaml" for folder in folders)  # none for runs of configs that are gone
+    return next((str(file) for file in files if file.is_file()), f"model={model}")
 
 
 def _plain(value: Any) -> Any:
@@ -354,12 +440,12 @@ def job(cfg: DictConfig) -> Job:
     """The run that ``cfg`` describes.
 
     Raises:
-        ValueError: see `target`; or a seed that is no whole number.
+        ValueError: see `target` and `reduced`; or a seed that is no whole number.
     """
     if type(cfg.seed) is not int or cfg.seed < 0:
         raise ValueError(f"seed={cfg.seed}: give a whole number from 0")
     own = {
-        "model": cfg.choices.model,
+        "model": model_name(cfg),
         "dataset": cfg.dataset.name,
         "split": cfg.choices.split,
         "normal_class": target(cfg),

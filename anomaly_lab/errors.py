@@ -68,6 +68,9 @@ def explained(error: Exception) -> str | None:
         return f"{error.missing_cfg_file} needs an extra: pip install anomaly-lab[{extra}]"
     if isinstance(error, MissingConfigException) and error.missing_cfg_file and error.options:
         group, _, name = error.missing_cfg_file.rpartition("/")
+        method = name.removesuffix("_small")
+        if group == "model" and name != method and method in error.options:
+            return f"there is no model={name}: write model={method} size=small"
         return f"there is no {group}={name}: choose among {', '.join(error.options)}"
     if isinstance(error, InstantiationException) and isinstance(cause, ValueError):
         return flat(str(cause))  # what a data set, a split or a method says about its parameters

@@ -118,6 +118,7 @@ def measure(device: str, quick: bool) -> dict[str, Any]:
 def _ways(plan: Plan, device: str, model: str, precision: str) -> list[dict[str, Any]]:
     common = [
         f"model={model}",
+        "size=full",
         "dataset=digits",
         f"trainer.accelerator={'cpu' if device == 'cpu' else 'cuda'}",
         f"trainer.precision={precision}",
@@ -217,8 +218,9 @@ def goals(models: int = 30, precision: str = "tf32") -> list[dict[str, Any]]:
     """
     rows = []
     for model, (epochs, limit) in GOALS.items():
-        words = ["-m", "hydra/launcher=abreast", f"hydra.launcher.models={models}", f"model={model}", "dataset=mnist"]
-        words += ["split=official", "normal_class=range(0,10)", "seed=0,1,2", f"model.budget.epochs={epochs}"]
+        words = ["-m", "hydra/launcher=abreast", f"hydra.launcher.models={models}", f"model={model}", "size=full"]
+        words += ["dataset=mnist", "split=official", f"model.budget.epochs={epochs}"]
+        words += ["normal_class=range(0,10)", "seed=0,1,2"]
         words += ["trainer.accelerator=cuda", f"trainer.precision={precision}", "trainer.progress=false"]
         keys = OmegaConf.to_container(config.compose([f"model={model}"]).trainer)
         assert isinstance(keys, dict)

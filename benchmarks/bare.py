@@ -76,7 +76,7 @@ class Bare:
     """The loop of one method over prepared images in memory.
 
     Args:
-        model: name of the method, a key of `LOOPS`; ``_small`` is not part of it.
+        model: name of the method, a key of `LOOPS`.
         adam: further arguments of every `torch.optim.Adam`, such as ``foreach``.
     """
 

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from anomaly_lab import switches
+from anomaly_lab import config, switches
 from benchmarks.bare import Bare
 from benchmarks.compare import Cost, now, quartiles
 from benchmarks.training import compose, make_bare, steps_in
@@ -35,7 +35,7 @@ ADAM: Mapping[str, Mapping[str, bool]] = {
 }
 FIRST = 3  # steps whose losses are compared
 
-COMPILED = ("ganomaly_small",)
+COMPILED = (("ganomaly", "small"),)
 """torch.compile takes minutes, so it is tried where it could help most. (A gradient penalty's second derivative it
 refuses, so PIAD's critics stay as they are in any case.)"""
 
@@ -91,8 +91,8 @@ class Contestant:
         adam: str | None = None,
     ) -> None:
         cfg = compose(model, max(steps, FIRST), 1, *overrides, device=device)
-        method, self.steps = model.removesuffix("_small"), steps
-        self.bare, self.batches, self.further = make_bare(cfg, method, **ADAM[adam or adam_of(cfg)])
+        self.steps = steps
+        self.bare, self.batches, self.further = make_bare(cfg, model, **ADAM[adam or adam_of(cfg)])
         self.under = under
         change(self.bare.detector)
         started = time.perf_counter()
@@ -181,9 +181,9 @@ def vary(
     """A row for the default and for each other setting of ``model``."""
     steps = steps_in(seconds, model, *overrides, fewest=1, device=device)
     default = Contestant(model, steps, overrides, device)
-    adam = adam_of(compose(model, steps, 1, *overrides, device=device))
-    method, size = model.removesuffix("_small"), "small" if model.endswith("_small") else "published"
-    about = {"model": method, "size": size, "steps": steps, "pairs": pairs}
+    cfg = compose(model, steps, 1, *overrides, device=device)
+    adam, size = adam_of(cfg), "small" if config.reduced(cfg) else "published"
+    about = {"model": model, "size": size, "steps": steps, "pairs": pairs}
     layout = "channels_last" if is_channels_last(default.bare.detector) else "contiguous"
     if not convolutional(default.bare.detector):
         layout = "no convolutions"
@@ -226,8 +226,10 @@ def _milliseconds(costs: list[Cost]) -> dict[str, Any]:
 def measure(device: str, quick: bool) -> list[Mapping[str, Any]]:
     """Rows of `vary` for the methods of four kinds of step, at both sizes."""
     if quick:
-        return vary("aae_small", pairs=2, seconds=0.1, device=device, compiled=False)
-    models = [method + size for size in ("", "_small") for method in METHODS]
+        return vary("aae", "size=small", pairs=2, seconds=0.1, device=device, compiled=False)
     return [
-        row for model in models for row in vary(model, pairs=3, seconds=0.3, device=device, compiled=model in COMPILED)
+        row
+        for size in ("full", "small")
+        for model in METHODS
+        for row in vary(model, f"size={size}", pairs=3, seconds=0.3, device=device, compiled=(model, size) in COMPILED)
     ]

@@ -106,10 +106,8 @@ def cost(work: Callable[[], object]) -> Cost:
 
 
 def published() -> list[str]:
-    """Methods at their published sizes: the models of ``conf/model`` that no ``_small`` reduces."""
-    return sorted(
-        path.stem for path in (config.CONFIG_DIR / "model").glob("*.yaml") if not path.stem.endswith("_small")
-    )
+    """The methods: the models of ``conf/model``, which `compose` makes at their published sizes."""
+    return sorted(path.stem for path in (config.CONFIG_DIR / "model").glob("*.yaml"))
 
 
 def stored_shape(model: str) -> tuple[int, int, int]:
@@ -118,8 +116,8 @@ def stored_shape(model: str) -> tuple[int, int, int]:
 
 
 def compose(model: str, *overrides: str) -> DictConfig:
-    """The configuration of a model; pretrained features get random weights: as many operations, no file to fetch."""
-    given = [f"model={model}", *overrides]
+    """A model at full size; pretrained features get random weights: as many operations, no file to fetch."""
+    given = [f"model={model}", "size=full", *overrides]
     if config.compose(given).model.detector.get("features") is not None:
         given += ["model.detector.features.weights=random", "model.pretrained=null"]
         given += [f"model.detector.features.{key}=null" for key in ("path", "sha256")]

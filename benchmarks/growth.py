@@ -20,14 +20,14 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-SMALL = ["model=ganomaly_small", "model.budget.epochs=1", "model.budget.epoch_steps=1", "trainer.progress=false"]
+SMALL = ["model=ganomaly", "size=small", "model.budget.epochs=1", "model.budget.epoch_steps=1"]
 IMAGES = (500, 2000, 10_000, 50_000)
 SIZES = (8, 16, 32, 64, 128)
 RUNS = 8
 TEST = 400  # test images of the synthetic sets
 CIFAR10 = {
-    "ganomaly, one class normal": ["model=ganomaly", "split=official", "normal_class=0"],
-    "aae, nine classes normal": ["model=aae", "split=one_abnormal", "abnormal_class=0"],
+    "ganomaly, one class normal": ["model=ganomaly", "size=full", "split=official", "normal_class=0"],
+    "aae, nine classes normal": ["model=aae", "size=full", "split=one_abnormal", "abnormal_class=0"],
 }
 
 
@@ -81,7 +81,8 @@ def _options(folder: Path, images: int, size: int) -> list[str]:
             class_names=np.array(["normal", "anomalous"]),
         )
     where = [f"runs={folder / 'runs'}", f"data_dir={folder}", "dataset=npz", f"dataset.name=random_{images}_{size}"]
-    return [*SMALL, *where, f"dataset.path={path}", "split=official", f"model.input.size={32 if size == 28 else size}"]
+    where += [f"dataset.path={path}", "trainer.progress=false"]
+    return [*SMALL, *where, "split=official", f"model.input.size={32 if size == 28 else size}"]
 
 
 def _process(device: str, jobs: list[list[str]]) -> dict[str, Any]:

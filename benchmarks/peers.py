@@ -132,8 +132,8 @@ def against_anomalib(
         fit(cfg, watch)
         ours.append(watch.own[0].per(images))
         theirs.append(anomalib_epoch(cfg, pixels, steps, workers).per(images))
-    about = {"against": "anomalib GANomaly", "model": model, "batch_size": cfg.model.batch_size, "steps": steps}
-    return about | {"workers": workers} | contest(ours, theirs)
+    about = {"against": "anomalib GANomaly", "model": config.model_name(cfg), "batch_size": cfg.model.batch_size}
+    return about | {"steps": steps, "workers": workers} | contest(ours, theirs)
 
 
 # PyOD ---------------------------------------------------------------------------------------------------------------
@@ -231,10 +231,10 @@ def measure(device: str, quick: bool) -> list[Mapping[str, Any]]:
     if missing("anomalib"):
         rows.append({"against": "anomalib GANomaly", "missing": f"anomalib is not installed: {INSTALL}"})
     else:
-        rows.append(against_anomalib("ganomaly_small", steps=20, pairs=pairs, device=device))
+        rows.append(against_anomalib("ganomaly", "size=small", steps=20, pairs=pairs, device=device))
         if not quick:
             rows.append(against_anomalib("ganomaly", steps=4, pairs=pairs, device=device))
-            rows.append(against_anomalib("ganomaly_small", steps=20, pairs=pairs, workers=2, device=device))
+            rows.append(against_anomalib("ganomaly", "size=small", steps=20, pairs=pairs, workers=2, device=device))
     if missing("pyod"):
         rows.append({"against": "PyOD AutoEncoder", "missing": f"pyod is not installed: {INSTALL}"})
     else:

@@ -51,9 +51,9 @@ COMMANDS = {
 """What is measured, the function behind the command and its words. The dry run looks at 50 runs of MNIST."""
 
 RUNS = {
-    "digits": ["model=shared_ae", "dataset=digits", "split=pooled"],
-    "mnist": ["model=shared_ae", "dataset=mnist", "split=official"],
-    "cifar10": ["model=shared_ae", "dataset=cifar10", "split=official"],
+    "digits": ["model=shared_ae", "size=full", "dataset=digits", "split=pooled"],
+    "mnist": ["model=shared_ae", "size=full", "dataset=mnist", "split=official"],
+    "cifar10": ["model=shared_ae", "size=full", "dataset=cifar10", "split=official"],
 }
 
 PHASES = (

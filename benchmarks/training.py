@@ -56,8 +56,8 @@ def digits(size: int, channels: int) -> Path:
 def compose(
     model: str, epoch_steps: int, epochs: int, *overrides: str, device: str = "cpu", stored: tuple[int, int] = (28, 1)
 ) -> DictConfig:
-    """A run of ``model`` on `digits` of the size ``stored``, with epochs of exactly so many steps."""
-    given = [f"model={model}", "dataset=npz", "dataset.name=digits", f"dataset.path={digits(*stored)}"]
+    """A run of ``model`` (``size=full`` by default) on `digits` of the size ``stored``: epochs of so many steps."""
+    given = [f"model={model}", "size=full", "dataset=npz", "dataset.name=digits", f"dataset.path={digits(*stored)}"]
     given += ["split=pooled", "trainer.progress=false", "logger=none", f"model.budget.epoch_steps={epoch_steps}"]
     given += [f"trainer.accelerator={'cuda' if device == 'gpu' else 'cpu'}"]
     if not model.startswith("itsr"):  # whose first stage is long enough
@@ -123,7 +123,7 @@ def fit(cfg: DictConfig, callback: Callback) -> Detector:
 
 def steps_in(seconds: float, model: str, *overrides: str, fewest: int, device: str = "cpu") -> int:
     """How many steps of the bare loop take about so long, on a machine that may be busy; at least ``fewest``."""
-    bare, batches, further = make_bare(compose(model, 4, 1, *overrides, device=device), model.removesuffix("_small"))
+    bare, batches, further = make_bare(compose(model, 4, 1, *overrides, device=device), model)
     rounds = len(further) // len(batches)
     bare.train(batches[:2], further[: 2 * rounds])
     started = now()
@@ -147,12 +147,11 @@ def against_loops(
     model: str, *overrides: str, pairs: int, seconds: float, device: str = "cpu"
 ) -> list[Mapping[str, Any]]:
     """A row for each loop that the lab's training of ``model`` is compared with."""
-    method = model.removesuffix("_small")
     steps = steps_in(seconds, model, *overrides, fewest=3, device=device)
     cfg = compose(model, steps, pairs + 1, *overrides, device=device)
-    bare, batches, further = make_bare(cfg, method)
+    bare, batches, further = make_bare(cfg, model)
     others: dict[str, Callable[[], object]] = {"bare": lambda: bare.train(batches, further)}
-    if method == "ganomaly":
+    if model == "ganomaly":
         published = Published(cfg, build.make_data(config.job(cfg)), torch.device(cfg.trainer.accelerator))
         chosen = torch.cat(batches)
         others["published"] = lambda: published.train(published.loader(chosen))
@@ -160,11 +159,11 @@ def against_loops(
     fit(cfg, watch)
     images = steps * int(cfg.model.batch_size)
     about = {
-        "model": method,
-        "size": "small" if model.endswith("_small") else "published",
+        "model": model,
+        "size": "small" if config.reduced(cfg) else "published",
         "batch_size": int(cfg.model.batch_size),
         "steps": steps,
-        "passes": PASSES[method],
+        "passes": PASSES[model],
     }
     ours = [cost.per(images) for cost in watch.own]
     return [
@@ -177,5 +176,9 @@ def measure(device: str, quick: bool) -> list[Mapping[str, Any]]:
     """Rows of `against_loops` for every method, at its published and at its small size."""
     methods = ("shared_ae", "ganomaly", "aae") if quick else tuple(LOOPS)
     pairs, seconds = (3, 0.1) if quick else (6, 0.5)
-    models = [f"{method}{size}" for size in (("_small",) if quick else ("", "_small")) for method in methods]
-    return [row for model in models for row in against_loops(model, pairs=pairs, seconds=seconds, device=device)]
+    contests = [(method, size) for size in (("small",) if quick else ("full", "small")) for method in methods]
+    return [
+        row
+        for method, size in contests
+        for row in against_loops(method, f"size={size}", pairs=pairs, seconds=seconds, device=device)
+    ]

@@ -41,7 +41,7 @@ from PIL import Image  # noqa: E402
 import anomaly_lab.run  # noqa: E402, F401
 from anomaly_lab import cli, results  # noqa: E402
 
-GRID = "model=shared_ae_small,autoencoder_small normal_class=3,8 seed=0"
+GRID = "model=shared_ae,autoencoder normal_class=3,8 seed=0"
 TINY = (
     "model.budget.epochs=3 model.budget.epoch_steps=2 model.detector.width=4 trainer.progress=false trainer.threads=1"
 )

@@ -43,12 +43,12 @@ class Dropped(EncoderDecoderEncoder):
         return super()._errors(F.dropout(x, 0.3, self.training))
 
 
-DROPPED = f"model=ede_small {SMALL} model.detector._target_={__name__}.Dropped"
+DROPPED = f"model=ede {SMALL} model.detector._target_={__name__}.Dropped"
 SINGLE = [
-    f"model=shared_ae_small {SMALL} normal_class=0 seed=1 trainer.watch_test=true",
+    f"model=shared_ae {SMALL} normal_class=0 seed=1 trainer.watch_test=true",
     f"{DROPPED} normal_class=4 seed=2",
-    f"model=ganomaly_small {SMALL} normal_class=3 trainer.precision=tf32",
-    "model=aae_small model.detector.width=8 model.detector.critic_width=8 normal_class=1",  # noise of its own
+    f"model=ganomaly {SMALL} normal_class=3 trainer.precision=tf32",
+    "model=aae model.detector.width=8 model.detector.critic_width=8 normal_class=1",  # noise of its own
     f"{DROPPED} normal_class=5 seed=3 trainer.precision=bf16-mixed",
 ]
 
@@ -292,7 +292,7 @@ def test_a_run_that_does_not_fit_beside_the_others_says_that_fewer_may(
         return real(self, batch)
 
     monkeypatch.setattr(EncoderDecoderEncoder, "plays", too_large)
-    code, out, err = lab(f"{TINY} {SMALL} model=ede_small model.batch_size=64,32")
+    code, out, err = lab(f"{TINY} {SMALL} model=ede model.batch_size=64,32")
     assert code == cli.FAILED and "2 runs: 1 failed, 1 done" in out
     assert "out of memory with model.batch_size=64" in err and "lower hydra.launcher.models" in err
 

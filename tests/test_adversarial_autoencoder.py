@@ -271,7 +271,7 @@ def test_stopped_anywhere_it_resumes_to_the_same_bits(
         (["model.detector.nu=1"], "nu=1: choose a share"),
         (["model.detector.retrain_quantile=80"], "retrain_quantile=80: choose a number from 0 to 1"),
         (["model.detector.w_anomaly=0.1"], "w_anomaly=0.1: .* choose 0 or less"),
-        (["model.budget.stages.detect=15"], "whole epochs for each of the 10 rounds, not 500 and 15"),
+        (["model.budget.stages.detect=15"], "whole epochs for each of the 10 rounds, not 50 and 15"),
         (["+model.budget.stages.more=1"], "are pretrain, detect, retrain, in this order"),
         (["model.budget.stages.retrain=-1"], "stages.retrain=-1: give a whole number of epochs"),
     ],

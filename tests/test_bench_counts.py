@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from anomaly_lab import config
 from anomaly_lab.methods.ganomaly import GANomaly
 from anomaly_lab.methods.shared_autoencoder import SharedAutoencoder
 from benchmarks import counts, growth, machine
@@ -108,9 +109,9 @@ def test_shared_autoencoders_printed_loop_costs_133_gflop_an_image_with_two_for_
     assert lab == pytest.approx(1186, rel=0.01), "what a loss does not ask for is neither computed nor differentiated"
 
 
-def test_published_models_are_all_that_nothing_reduces_and_need_no_file() -> None:
+def test_published_models_are_at_full_size_and_need_no_file() -> None:
     assert {"ganomaly", "shared_ae", "piad", "aae", "itsr"} <= set(counts.published())
-    assert not any(model.endswith("_small") for model in counts.published())
+    assert not any(config.reduced(counts.compose(model)) for model in counts.published())
     assert counts.compose("piad_squeezenet").model.detector.features.weights == "random"
 
 

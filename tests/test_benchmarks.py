@@ -133,7 +133,7 @@ def test_every_method_that_learns_has_a_bare_loop_and_its_saved_passes_are_said(
     assert set(PASSES) == set(LOOPS)
     variants = {"shared_ae_printed", "piad", "piad_cifar10", "piad_coil100", "piad_pixel_l1_cifar10"}  # same step
     variants |= {"piad_squeezenet_cifar10", "autoencoder_beggel_fashion", "itsr_fashion"}
-    models = {path.stem for path in (config.CONFIG_DIR / "model").glob("*.yaml") if not path.stem.endswith("_small")}
+    models = {path.stem for path in (config.CONFIG_DIR / "model").glob("*.yaml")}
     assert {model for model in models - variants if build.make_detector(tiny(model), (1, 32, 32)).players()} == set(
         LOOPS
     )
@@ -177,7 +177,7 @@ def test_throughputs_are_compared_pair_by_pair() -> None:
 
 
 def test_the_labs_training_is_measured_against_both_loops() -> None:
-    rows = training.against_loops("ganomaly_small", "model.detector.width=4", pairs=2, seconds=0.01)
+    rows = training.against_loops("ganomaly", "size=small", "model.detector.width=4", pairs=2, seconds=0.01)
     assert [row["against"] for row in rows] == ["bare", "published"]
     for row in rows:
         assert row["size"] == "small" and row["pairs"] == 2 and row["steps"] >= 3
@@ -228,7 +228,7 @@ def test_the_lab_is_measured_beside_pyod() -> None:
 
 def test_the_lab_is_measured_beside_anomalib() -> None:
     pytest.importorskip("anomalib", reason=f"anomalib is not installed: {peers.INSTALL}")
-    row = peers.against_anomalib("ganomaly_small", "model.detector.width=4", steps=3, pairs=1)
+    row = peers.against_anomalib("ganomaly", "size=small", "model.detector.width=4", steps=3, pairs=1)
     assert row["batch_size"] == 64 and row["ratio_cpu"]["median"] > 0
 
 
@@ -245,7 +245,7 @@ def test_a_missing_package_is_one_line_that_says_how_to_get_it(
 
 
 def test_every_choice_is_measured_beside_the_default() -> None:
-    rows = choices.vary("ganomaly_small", "model.detector.width=4", pairs=1, seconds=0.01, compiled=False)
+    rows = choices.vary("ganomaly", "size=small", "model.detector.width=4", pairs=1, seconds=0.01, compiled=False)
     first, *others = rows
     assert first["setting"].startswith("default: contiguous, Adam for-loop")
     found = {row["setting"]: row for row in others}

@@ -22,9 +22,7 @@ def test_streams_are_independent_and_fixed() -> None:
 def test_another_layout_of_weights_changes_the_order_of_sums_and_nothing_else(tmp_path: Path) -> None:
     found = []
     for layout in ("false", "true"):
-        cfg = tiny(
-            tmp_path / layout, "model=ganomaly_small", "model.budget.epochs=1", f"trainer.channels_last={layout}"
-        )
+        cfg = tiny(tmp_path / layout, "model=ganomaly", "model.budget.epochs=1", f"trainer.channels_last={layout}")
         detector = make_detector(cfg, (1, 32, 32))
         last = detector.encoder[2].weight.is_contiguous(memory_format=torch.channels_last)
         assert last is (layout == "true")

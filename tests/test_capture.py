@@ -28,16 +28,16 @@ from anomaly_lab.players import Player, make_players, minimise
 from anomaly_lab.run import run
 
 METHODS: dict[str, list[str]] = {
-    "shared_ae_small": ["model.detector.width=4"],
-    "ganomaly_small": ["model.detector.width=4"],
-    "aae_small": ["model.detector.width=16"],
-    "itsr_small": [
+    "shared_ae": ["model.detector.width=4"],
+    "ganomaly": ["model.detector.width=4"],
+    "aae": ["model.detector.width=16"],
+    "itsr": [
         "model.detector.width=16",
         "model.detector.rounds=2",
         "model.budget.epochs=null",
         "model.budget.stages={pretrain:1,detect:2,retrain:1}",
     ],
-    "piad_pixel_l1_small": ["model.budget.steps=null", "model.detector.gamma_every=4"],
+    "piad_pixel_l1": ["model.budget.steps=null", "model.detector.gamma_every=4"],
 }
 
 
@@ -121,16 +121,16 @@ def test_replayed_steps_end_where_computed_ones_do(tmp_path: Path, model: str) -
 
 def test_a_step_is_captured_anew_only_where_the_old_one_would_be_wrong(tmp_path: Path) -> None:
     GRAPHS.clear()
-    outcome(tiny(tmp_path / "one", "ganomaly_small"), [Watch(), Capture(Recorded)])
+    outcome(tiny(tmp_path / "one", "ganomaly"), [Watch(), Capture(Recorded)])
     assert len(GRAPHS) == 1
     GRAPHS.clear()
     decaying = "model.scheduler={_target_: torch.optim.lr_scheduler.ExponentialLR, _partial_: true, gamma: 0.5}"
-    _, weights = outcome(tiny(tmp_path / "decaying", "ganomaly_small", decaying), [Watch(), Capture(Recorded)])
+    _, weights = outcome(tiny(tmp_path / "decaying", "ganomaly", decaying), [Watch(), Capture(Recorded)])
     assert len(GRAPHS) == 3, "a learning rate is a number in the graph"
-    _, plain = outcome(tiny(tmp_path / "plain", "ganomaly_small", decaying))
+    _, plain = outcome(tiny(tmp_path / "plain", "ganomaly", decaying))
     assert all(torch.equal(weights[name], plain[name]) for name in plain)
     GRAPHS.clear()
-    outcome(tiny(tmp_path / "itsr", "itsr_small"), [Watch(), Capture(Recorded)])
+    outcome(tiny(tmp_path / "itsr", "itsr"), [Watch(), Capture(Recorded)])
     assert len(GRAPHS) == 3, "what the first rejection found, then the images that come back with a negative weight"
 
 
@@ -153,7 +153,7 @@ class Counting(Detector):
 
 
 def test_the_stand_in_for_a_graph_notices_what_a_replay_would_leave_out(tmp_path: Path) -> None:
-    cfg = tiny(tmp_path / "runs", "shared_ae_small")
+    cfg = tiny(tmp_path / "runs", "shared_ae")
     with open_dict(cfg):
         cfg.model.detector = {"_target_": f"{__name__}.Counting"}
     with pytest.raises(AssertionError, match="would not have done"):
@@ -185,7 +185,7 @@ MASKS = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.o
 """Indexing; by a mask it has to count first."""
 
 
-@pytest.mark.parametrize("model", sorted(path.stem for path in (config.CONFIG_DIR / "model").glob("*_small.yaml")))
+@pytest.mark.parametrize("model", sorted(path.stem for path in (config.CONFIG_DIR / "model").glob("*.yaml")))
 def test_a_steady_step_never_waits_for_the_device(model: str) -> None:
     random = ["weights=random", "path=null", "sha256=null"] if "squeezenet" in model or model in VGG else []
     cfg = config.compose([f"model={model}", *(f"model.detector.features.{option}" for option in random)])
@@ -224,7 +224,7 @@ def test_in_half_precision_every_play_still_moves_its_players(model: str) -> Non
                 assert any(not torch.equal(w, before[n]) for n, w in made.named_parameters() if id(w) in own), player
 
 
-VGG = ("piad_small", "piad_cifar10_small", "piad_coil100_small")
+VGG = ("piad", "piad_cifar10", "piad_coil100")
 
 
 def test_half_precision_sees_the_weights_a_play_has_left(tmp_path: Path) -> None:
@@ -250,7 +250,7 @@ def test_half_precision_sees_the_weights_a_play_has_left(tmp_path: Path) -> None
 def test_capture_is_said_to_have_no_effect_without_a_gpu(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = tiny(tmp_path / "runs", "shared_ae_small", "trainer.capture=true", "trainer.accelerator=cpu")
+    cfg = tiny(tmp_path / "runs", "shared_ae", "trainer.capture=true", "trainer.accelerator=cpu")
     job = replace(config.job(cfg), out=tmp_path)
     data = make_data(job)
     with warnings.catch_warnings():
@@ -291,7 +291,7 @@ def test_on_a_gpu_replays_end_where_computed_steps_do(tmp_path: Path, model: str
         torch.testing.assert_close(replayed[name], weight, rtol=1e-5, atol=1e-7, msg=name)
 
 
-@pytest.mark.parametrize("model", [pytest.param(model, marks=gpu) for model in METHODS if model != "itsr_small"])
+@pytest.mark.parametrize("model", [pytest.param(model, marks=gpu) for model in METHODS if model != "itsr"])
 def test_on_a_gpu_captured_scores_are_about_those_of_a_plain_run(tmp_path: Path, model: str) -> None:
     """Adam's bias correction is float64 on the host and float32 in a graph; a one-class SVM would choose otherwise."""
     scores = []
@@ -303,7 +303,7 @@ def test_on_a_gpu_captured_scores_are_about_those_of_a_plain_run(tmp_path: Path,
     np.testing.assert_allclose(scores[1], scores[0], rtol=1e-2, atol=1e-2 * float(np.median(scores[0])))
 
 
-@pytest.mark.parametrize("model", [pytest.param(model, marks=gpu) for model in ("ganomaly_small", "aae_small")])
+@pytest.mark.parametrize("model", [pytest.param(model, marks=gpu) for model in ("ganomaly", "aae")])
 def test_on_a_gpu_a_captured_run_resumes_computed_and_the_other_way(tmp_path: Path, model: str) -> None:
     whole, _ = outcome(tiny(tmp_path / "whole", model, "trainer.accelerator=cuda"))
     for first, then in (("true", "false"), ("false", "true")):

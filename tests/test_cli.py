@@ -24,6 +24,11 @@ TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 
     [
         ("model=typo", "there is no model=typo: choose among aae, "),
         ("-m seed=0,1 model=ede,typo", "there is no model=typo: choose among"),
+        ("model=ganomaly_small", "there is no model=ganomaly_small: write model=ganomaly size=small"),
+        ("-m model=ede,ganomaly_small", "there is no model=ganomaly_small: write model=ganomaly size=small"),
+        ("model=typo_small", "there is no model=typo_small: choose among"),
+        ("size=medium", "size=medium: choose full, the paper's, or small"),
+        ("size=medium --cfg job --resolve", "size=medium: choose full, the paper's, or small"),
         ("experiment=typo", "there is no experiment=typo: choose among akcay2018,"),
         ("hydra/launcher=typo", "there is no hydra/launcher=typo: choose among abreast, basic"),
         ("typo=1", "typo cannot be set"),
@@ -183,7 +188,7 @@ def test_a_dry_run_counts_estimates_and_does_nothing(lab: Command) -> None:
     assert [line.split()[0] for line in todo] == ["missing", "missing"] and "/n2/" in todo[0] and "/n3/" in todo[1]
     assert counts == "4 runs: 2 done, 2 to do; about 4 minutes one after another"
 
-    code, out, _ = lab(f"{TINY} seed=0,1 model=shared_ae_small,ede_small --dry-run")
+    code, out, _ = lab(f"{TINY} seed=0,1 model=shared_ae,ede --dry-run")
     assert out.splitlines()[-1] == (
         "4 runs: 1 done, 3 to do; about 2 minutes one after another for 1 of them; "
         "no finished run tells how long 2 of them take"

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ast
+import pickle
 import re
 from pathlib import Path
 
 import numpy as np
 import pytest
 from hydra.errors import HydraException
+from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
 from anomaly_lab import config
@@ -18,7 +20,7 @@ EXPERIMENTS = sorted(path.stem for path in (config.CONFIG_DIR / "experiment").gl
 
 
 def test_a_plain_run_has_nothing_changed_and_a_plain_folder() -> None:
-    cfg = config.compose(["model=shared_ae", "normal_class=8", "seed=3"])
+    cfg = config.compose(["model=shared_ae", "size=full", "normal_class=8", "seed=3"])
     assert config.changed(cfg) == {}
     assert config.run_dir(cfg) == Path("runs/shared_ae/digits/pooled/n8/s3")
     assert config.identity(cfg)["normal_class"] == 8
@@ -79,7 +81,9 @@ def test_the_same_number_written_otherwise_is_the_same_run() -> None:
 
 
 def test_a_setting_spelled_out_at_its_default_changes_nothing() -> None:
-    assert config.changed(config.compose(["model=shared_ae", "model.budget.epochs=50"])) == {}
+    for size, epochs in (("full", 50), ("small", 5)):
+        given = ["model=shared_ae", f"size={size}", f"model.budget.epochs={epochs}"]
+        assert config.changed(config.compose(given)) == {}
 
 
 def test_an_experiment_is_named_but_is_no_part_of_the_identity() -> None:
@@ -217,3 +221,141 @@ def test_jobs_composed_together_are_those_composed_one_by_one(monkeypatch: pytes
         list(config.compose_all([["seed=[1"]]))
     with pytest.raises(HydraException):
         list(config.compose_all([["seed=1,2"]]))
+
+
+# Sizes --------------------------------------------------------------------------------------------------------------
+
+
+def sizes(*overrides: str) -> tuple[str, int, int, dict[str, object]]:
+    """The name of a run of GANomaly, its width, its epochs, and what was changed."""
+    cfg = config.compose(["model=ganomaly", *overrides])
+    job = config.job(cfg)
+    assert job.out.parts[1] == job.identity["model"] and cfg.choices.model == "ganomaly"
+    return job.identity["model"], cfg.model.detector.width, cfg.model.budget.epochs, job.identity["changed"]
+
+
+def test_a_size_is_a_key_and_the_names_of_runs_are_what_they_were() -> None:
+    assert sizes("size=full") == ("ganomaly", 64, 15, {})
+    assert sizes("size=small") == sizes() == ("ganomaly_small", 16, 5, {})
+    assert "size" not in config.settings(config.compose(["model=ganomaly"]))
+
+
+def test_a_value_on_the_command_line_wins_over_both_sizes() -> None:
+    assert sizes("model.detector.width=8") == ("ganomaly_small", 8, 5, {"model.detector.width": 8})
+    assert sizes("size=full", "model.detector.width=16") == ("ganomaly", 16, 15, {"model.detector.width": 16})
+    assert sizes("model.detector.width=16") == sizes(), "the default of that size"
+    every = ["model.detector.width=64", "model.budget.epochs=15"]
+    assert sizes(*every)[0] == "ganomaly_small" and sizes(*every)[3] != {}, "no sized value is left, but its yaml has"
+
+
+def test_sizes_can_be_swept() -> None:
+    jobs = config.jobs(["model=ganomaly,ede", "size=full,small"])
+    names = [config.job(cfg).identity["model"] for cfg in config.compose_all(jobs)]
+    assert names == ["ganomaly", "ganomaly_small", "ede", "ede_small"]
+
+
+def test_a_grid_can_sweep_sizes(users: Path) -> None:
+    (users.parent / "experiment").mkdir()
+    grid = "hydra: {sweeper: {params: {size: 'full,small', model: ede}}}"
+    (users.parent / "experiment/both.yaml").write_text(f"# @package _global_\n{grid}\n")
+    assert [job.identity["model"] for job in config.expected_runs("both")] == ["ede", "ede_small"]
+
+
+def test_a_part_of_a_configuration_knows_the_size_of_the_whole() -> None:
+    for size, widths in (("full", [32] * 4), ("small", [8] * 4)):
+        cfg = config.compose(["model=piad_pixel_l1", f"size={size}"])
+        assert instantiate(cfg.model.detector, _target_="builtins.dict")["encoder_widths"] == widths
+        assert pickle.loads(pickle.dumps(cfg)).model.detector.encoder_widths == widths
+        assert OmegaConf.to_container(cfg.model.detector, resolve=True)["encoder_widths"] == widths
+
+
+@pytest.mark.parametrize("size", ["medium", "null", "1", "[full]", "Small"])
+def test_another_size_is_refused_in_one_line(size: str) -> None:
+    for model in ("ganomaly", "ganomaly model.detector.width=8 model.budget.epochs=1"):
+        with pytest.raises(ValueError, match=r"size=.*: choose full, the paper's, or small"):
+            config.job(config.compose([*f"model={model}".split(), f"size={size}"]))
+
+
+@pytest.mark.parametrize("experiment", EXPERIMENTS)
+def test_an_experiment_says_its_size(experiment: str) -> None:
+    text = (config.CONFIG_DIR / "experiment" / f"{experiment}.yaml").read_text()
+    [size] = re.findall(r"^size: (.+)$", text, re.M)
+    assert size in ("full", "small") and (size == "small" or not experiment.endswith("_small"))
+    assert config.compose([f"experiment={experiment}"]).size == size
+    assert config.compose([f"experiment={experiment}", "size=full"]).size == "full"
+
+
+# A user's yaml ------------------------------------------------------------------------------------------------------
+
+NEIGHBOURS = '''
+from anomaly_lab.detector import Detector
+
+class Neighbours(Detector):
+    """Distance to the k-th nearest training image."""
+
+    def __init__(self, image_shape, *, k, p=2.0):
+        super().__init__(image_shape)
+        self.k, self.p = k, p
+
+    def after_fit(self, images):
+        self.set_fitted("bank", images.flatten(1))
+
+    def score(self, x):
+        return torch.cdist(x.flatten(1), self.bank, self.p).kthvalue(self.k).values
+
+class Learning(Neighbours):
+    def __init__(self, image_shape, *, k, width, part, p=2.0):
+        super().__init__(image_shape, k=k, p=p)
+        self.net = part
+
+    def players(self):
+        return {"net": [self.net]}
+'''
+
+
+@pytest.fixture
+def users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder of a user's model yamls, beside a method without gradients."""
+    (tmp_path / "conf/model").mkdir(parents=True)
+    (tmp_path / "neighbours.py").write_text("import torch\n" + NEIGHBOURS)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(config.EXTRA_CONFIGS, str(tmp_path / "conf"))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path / "conf/model"
+
+
+def test_the_yaml_of_a_method_without_gradients_holds_its_own_numbers_only(users: Path) -> None:
+    (users / "neighbours.yaml").write_text("# k-NN.\ndetector: {_target_: neighbours.Neighbours, k: 3}\n")
+    given = ["model=neighbours", "normal_class=0", "trainer.progress=false", "logger=none", "trainer.accelerator=cpu"]
+    for size in ("full", "small"):
+        job = config.job(config.compose([*given, f"size={size}"]))
+        assert job.identity["model"] == "neighbours" and job.identity["changed"] == {}, "one size, one name"
+        assert job.cfg.model.optimizer is None and not config.reduced(job.cfg)
+    assert config.changed(config.compose([*given, "model.detector.k=5"])) == {"model.detector.k": 5}
+
+    from anomaly_lab.run import run
+
+    result = run(job.cfg)
+    assert result is not None and result["epochs"] == result["steps"] == 0 and result["metrics"]["auroc"] > 0.9
+
+
+def test_what_a_yaml_lacks_is_named_at_once_with_its_file(users: Path) -> None:
+    from anomaly_lab.run import make_detector
+
+    own = ["_target_: neighbours.Learning", "width: ???", "part: {_target_: torch.nn.Linear, bias: false}"]
+    (users / "learning.yaml").write_text("\n  ".join(["# Mine.\ndetector:", *own]))
+    with pytest.raises(ValueError) as caught:
+        make_detector(config.compose(["model=learning"]), (1, 8, 8))
+    names = [f"model.detector.{name}" for name in ("k", "part.in_features", "part.out_features", "width")]
+    assert str(caught.value) == f"{users / 'learning.yaml'} lacks {', '.join(names)}"
+
+    part = "+model.detector.part.in_features=1 +model.detector.part.out_features=1"
+    whole = ["model=learning", *part.split(), "+model.detector.k=1", "model.detector.width=1"]
+    with pytest.raises(ValueError, match=r"lacks model\.budget\.epochs \(or \.steps or \.stages\), model\.optimizer$"):
+        make_detector(config.compose(whole), (1, 8, 8))
+    learns = ["model.budget.epochs=1", "model.optimizer={_target_:torch.optim.SGD,_partial_:true,lr:1}"]
+    assert make_detector(config.compose([*whole, *learns]), (1, 8, 8)).players()
+
+    (users / "empty.yaml").write_text("# Nothing yet.\nbatch_size: 8\n")
+    with pytest.raises(ValueError, match=r"empty\.yaml lacks model\.detector\._target_$"):
+        make_detector(config.compose(["model=empty"]), (1, 8, 8))

@@ -37,7 +37,7 @@ def test_the_tutorial_adds_a_method_in_one_file_and_one_yaml(tmp_path: Path, mon
     cfg = config.compose(["model=denoising", "trainer.progress=false", "model.budget.epochs=2"])
     result = run(cfg)
     assert result is not None and result["metrics"]["auroc"] > 0.9
-    assert (tmp_path / "runs/denoising/digits/pooled/n0").is_dir()
+    assert (tmp_path / "runs/denoising_small/digits/pooled/n0").is_dir()
 
 
 def test_a_folder_of_configs_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -30,11 +30,26 @@ def test_a_page_is_made_from_its_results(page: Path) -> None:
 def test_every_run_of_a_page_belongs_to_its_grid_and_to_a_clean_commit(page: Path) -> None:
     frame = results.read_csv(page / "results.csv")
     jobs = [config.compose(job) for job in config.jobs([f"experiment={page.name}"])]
-    grid = {(cfg.choices.model, cfg.dataset.name, cfg.choices.split, int(cfg.seed)) for cfg in jobs}
+    grid = {(config.model_name(cfg), cfg.dataset.name, cfg.choices.split, int(cfg.seed)) for cfg in jobs}
     for run in frame.itertuples():
         assert (run.model, run.dataset, run.split, int(run.seed)) in grid
         assert re.fullmatch(r"[0-9a-f]{12}", run.git_sha) and not run.dirty
         assert 0 <= run.auroc <= 1
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_every_committed_run_is_still_where_and_what_it_was(
+    page: Path, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run whose folder or settings were others today would be made again, or refused."""
+    monkeypatch.setenv("ANOMALY_LAB_DATA", str(data_dir))
+    jobs = [config.job(cfg) for cfg in config.compose_all(config.jobs([f"experiment={page.name}"]))]
+    now = {str(job.out.relative_to("runs")): results._digest(job.settings) for job in jobs}
+    for run in results.read_csv(page / "results.csv").itertuples():
+        assert run.path in now
+        assert run.settings in ("", now[run.path]), "the settings of the first runs were not kept"
 
 
 def test_the_index_lists_every_page_and_every_experiment_has_a_command() -> None:

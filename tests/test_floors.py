@@ -19,14 +19,14 @@ AUTOENCODERS = [
 
 SHORT = {
     # The AUROC, the player whose loss is the reconstruction, or mostly that, and what makes it a matter of seconds.
-    "autoencoder_small": (0.95, "ede", AUTOENCODERS),
-    "ede_small": (0.95, "ede", AUTOENCODERS),
-    "shared_ae_no_adversary_small": (0.95, "both", AUTOENCODERS),
-    "shared_ae_small": (0.95, "ede2", AUTOENCODERS),
-    "ganomaly_small": (0.9, "generator", ["model.budget.epochs=4", "model.budget.epoch_steps=30"]),
-    "autoencoder_beggel_small": (0.9, "autoencoder", ["model.budget.epochs=40", "model.batch_size=32"]),
-    "aae_small": (0.9, "autoencoder", ["model.budget.epochs=40", "model.batch_size=32"]),
-    "itsr_small": (
+    "autoencoder": (0.95, "ede", AUTOENCODERS),
+    "ede": (0.95, "ede", AUTOENCODERS),
+    "shared_ae_no_adversary": (0.95, "both", AUTOENCODERS),
+    "shared_ae": (0.95, "ede2", AUTOENCODERS),
+    "ganomaly": (0.9, "generator", ["model.budget.epochs=4", "model.budget.epoch_steps=30"]),
+    "autoencoder_beggel": (0.9, "autoencoder", ["model.budget.epochs=40", "model.batch_size=32"]),
+    "aae": (0.9, "autoencoder", ["model.budget.epochs=40", "model.batch_size=32"]),
+    "itsr": (
         0.9,
         "autoencoder",
         ["model.budget.stages={pretrain:20,detect:20,retrain:10}", "model.batch_size=32"],

@@ -17,7 +17,7 @@ from anomaly_lab.methods.ganomaly import GANomaly
 from anomaly_lab.players import Player, make_players, minimise
 from anomaly_lab.run import run
 
-TINY = ["model=ganomaly", "model.detector.width=4", "model.budget.epoch_steps=4", "trainer.progress=false"]
+TINY = ["model=ganomaly", "size=full", "model.detector.width=4", "model.budget.epoch_steps=4", "trainer.progress=false"]
 
 
 def ganomaly(*overrides: str, shape: tuple[int, int, int] = (1, 32, 32)) -> GANomaly:

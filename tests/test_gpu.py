@@ -15,14 +15,14 @@ from anomaly_lab.run import run
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
 TINY = ["model.budget.epochs=3", "model.budget.epoch_steps=5", "model.detector.width=8", "trainer.progress=false"]
 METHODS = {
-    "ganomaly_small": ["trainer.measure_leak=true"],
-    "aae_small": [],
-    "itsr_small": [
+    "ganomaly": ["trainer.measure_leak=true"],
+    "aae": [],
+    "itsr": [
         "model.budget.epochs=null",
         "model.detector.rounds=2",
         "model.budget.stages={pretrain:1,detect:2,retrain:1}",
     ],
-    "piad_pixel_l1_small": ["model.budget.steps=null", "model.detector.gamma_every=4"],
+    "piad_pixel_l1": ["model.budget.steps=null", "model.detector.gamma_every=4"],
 }
 
 

@@ -73,7 +73,8 @@ def batch(count: int = 8) -> Batch:
 
 
 def test_there_are_models() -> None:
-    assert {"shared_ae", "shared_ae_small", "autoencoder", "ede"} <= set(MODELS)
+    assert {"shared_ae", "autoencoder", "ede"} <= set(MODELS)
+    assert not [model for model in MODELS if model.endswith(config.SMALL)], "a size is a value in its yaml"
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -341,11 +342,22 @@ def test_networks_refuse_sizes_they_cannot_halve() -> None:
         detector("autoencoder", shape=(1, 28, 28))
 
 
-def test_small_sizes_change_width_and_epochs_only() -> None:
-    for model in (m for m in MODELS if m.endswith("_small")):
-        small, full = (config.compose([f"model={name}"]).model for name in (model, model.removesuffix("_small")))
-        reduced = {key for key in flat(small) if flat(small)[key] != flat(full)[key]}
-        assert reduced and reduced <= REDUCED, model
+@pytest.mark.parametrize("model", MODELS)
+def test_small_sizes_change_width_and_epochs_only(model: str) -> None:
+    small, full = (config.compose([f"model={model}", f"size={size}"]).model for size in ("small", "full"))
+    reduced = {key for key in flat(small) if flat(small)[key] != flat(full)[key]}
+    assert reduced and reduced <= REDUCED
+
+
+def test_other_features_change_nothing_but_the_features() -> None:
+    def differing(model: str, other: str) -> dict[str, tuple[object, object]]:
+        one, two = (flat(config.compose([f"model={name}"]).model) for name in (model, other))
+        return {key: (one.get(key), two.get(key)) for key in one | two if one.get(key) != two.get(key)}
+
+    for other in ("piad_squeezenet", "piad_pixel_l1"):
+        at_mnists_size = differing("piad_cifar10", f"{other}_cifar10")
+        assert at_mnists_size == differing("piad_coil100", other), other
+        assert all(key == "pretrained" or key.startswith("detector.features") for key in at_mnists_size)
 
 
 def flat(section: Mapping[str, object], prefix: str = "") -> dict[str, object]:

@@ -110,7 +110,7 @@ def count(network: nn.Module) -> int:
 
 
 def test_the_networks_have_the_parameters_of_the_authors_code() -> None:
-    made = make_detector(config.compose(["model=piad_pixel_l1"]), (1, 32, 32))
+    made = make_detector(config.compose(["model=piad_pixel_l1", "size=full"]), (1, 32, 32))
     assert isinstance(made, PIAD)
     three = [(32, 32)] * 3
     assert count(made.encoder) == convolutions((1, 32, 3), (32, 32, 4), (32, 32, 1)) + blocks(*three)
@@ -118,7 +118,7 @@ def test_the_networks_have_the_parameters_of_the_authors_code() -> None:
     assert count(made.image_critic) == convolutions((1, 32, 3), (33, 32, 4), (32, 1, 1)) + blocks(*three)
     assert count(made.latent_critic) == convolutions((32, 128, 1), (128, 128, 1), (128, 1, 1))
 
-    made = make_detector(config.compose(["model=piad_pixel_l1_cifar10"]), (3, 32, 32))
+    made = make_detector(config.compose(["model=piad_pixel_l1_cifar10", "size=full"]), (3, 32, 32))
     assert isinstance(made, PIAD)
     down = blocks((64, 64), (64, 128), (128, 256))
     assert count(made.encoder) == convolutions((3, 64, 3), (256, 256, 4), (256, 256, 1)) + down
@@ -138,7 +138,7 @@ def test_nothing_is_normalised_and_the_image_is_not_bounded() -> None:
 
 
 def test_the_networks_start_as_the_authors_do() -> None:
-    made = make_detector(config.compose(["model=piad_pixel_l1_cifar10"]), (3, 32, 32))
+    made = make_detector(config.compose(["model=piad_pixel_l1_cifar10", "size=full"]), (3, 32, 32))
     assert isinstance(made, PIAD)
     first, block, last = made.generator[1].weight, made.encoder[3].conv2.weight, made.latent_critic[-1].weight
     for weight, fan_out in ((first, 256 * 16), (block, 256 * 9)):
@@ -666,7 +666,7 @@ def test_a_stopped_run_resumes_to_the_same_bits_and_loads_where_its_weights_move
     def cfg(runs: str) -> Any:
         own_weights = f"model.detector.features.sha256={weights_file[1]}"
         where = [f"runs={tmp_path / runs}", f"data_dir={data_folder}"]
-        return config.compose(["model=piad_squeezenet_small", *TINY, *RUN, own_weights, *where])
+        return config.compose(["model=piad_squeezenet", *TINY, *RUN, own_weights, *where])
 
     straight, broken = cfg("straight"), cfg("broken")
     undisturbed = run(straight)
@@ -703,5 +703,5 @@ def test_it_learns_to_tell_digits(tmp_path: Path) -> None:
     fast = [f"model.optimizer.{player}.lr=2e-3" for player in players]
     short = ["model.budget.steps=100", "model.budget.epoch_steps=50", "model.detector.gamma_every=20"]
     where = [f"runs={tmp_path / 'runs'}", f"data_dir={tmp_path / 'data'}", "trainer.progress=false"]
-    result = run(config.compose(["model=piad_pixel_l1_small", "model.input.size=16", *short, *fast, *where]))
+    result = run(config.compose(["model=piad_pixel_l1", "model.input.size=16", *short, *fast, *where]))
     assert result is not None and result["metrics"]["auroc"] > 0.9

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from finished import AE, SHARED, Runs, grid, identity
 
-from anomaly_lab import cli, config, report, results
+from anomaly_lab import cli, config, report, results, status
 
 # -------------------------------------------------------------------------------- lines
 
@@ -169,7 +169,7 @@ def test_damaged_result_is_named_and_skipped(runs: Runs, spoil, capsys: pytest.C
     assert frame["normal_class"].tolist() == [1]
     [line] = frame.attrs["damaged"]
     assert str(file) in line and "\n" not in line
-    assert [s.state for s in results.status(runs.root)] == ["done", "damaged"]
+    assert [s.state for s in status.under(runs.root)] == ["done", "damaged"]
     assert cli.report([str(runs.root)]) == 0
     assert str(file) in capsys.readouterr().err
     for page in ("report.md", "report.html"):

@@ -84,7 +84,7 @@ def test_a_run_writes_what_the_design_says(finished: tuple[DictConfig, dict[str,
     assert figures == {"roc.png", "scores.png", "reconstructions.png", "training.png"}
     assert result["epochs"] == 4 and result["steps"] == 12 and len(result["history"]) == 4
     assert result["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert result["config"]["choices"]["model"] == "shared_ae_small"
+    assert (result["config"]["choices"]["model"], result["config"]["size"]) == ("shared_ae", "small")
     assert result["classes"] == 10
 
 
@@ -134,7 +134,7 @@ def comparable(history: list[dict[str, float]]) -> list[dict[str, float]]:
 
 
 @pytest.mark.parametrize("layout", ["trainer.channels_last=false", "trainer.channels_last=true"])
-@pytest.mark.parametrize("model", ["shared_ae_small", "autoencoder_small"])
+@pytest.mark.parametrize("model", ["shared_ae", "autoencoder"])
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, model: str, layout: str) -> None:
     whole, weights = Weights(), Weights()
     straight = tiny(tmp_path / "straight", f"model={model}", layout)

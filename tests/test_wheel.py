@@ -82,7 +82,7 @@ def test_the_installed_package_reads_its_own_configs(installed: Path, tmp_path: 
     code = (
         "import json, anomaly_lab\n"
         "from anomaly_lab import config, results\n"
-        "cfg = config.compose(['model=autoencoder_small', 'experiment=jia2022_mnist_small'])\n"
+        "cfg = config.compose(['model=autoencoder', 'experiment=jia2022_mnist_small'])\n"
         "figures = results.published('shared_ae', 'mnist', 'official')\n"
         "print(json.dumps([anomaly_lab.__file__, str(config.CONFIG_DIR), cfg.choices.model, len(figures)]))"
     )
@@ -90,4 +90,4 @@ def test_the_installed_package_reads_its_own_configs(installed: Path, tmp_path: 
     packages = installed.parent
     assert Path(file).is_relative_to(packages), "not the wheel's package"
     assert Path(conf).is_relative_to(packages) and Path(conf) == Path(file).parent / "conf"
-    assert model == "autoencoder_small" and figures > 0
+    assert model == "autoencoder" and figures > 0
