@@ -40,6 +40,15 @@ def test_the_tutorial_adds_a_method_in_one_file_and_one_yaml(tmp_path: Path, mon
     assert (tmp_path / "runs/denoising_small/digits/pooled/n0").is_dir()
 
 
+def test_the_bare_lightning_program_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = (ROOT / "docs/adding_a_method.md").read_text()
+    [program] = re.findall(r"^```python\n(from lightning import Trainer.*?)^```", page, re.M | re.S)
+    monkeypatch.chdir(tmp_path)
+    found: dict[str, object] = {}
+    exec(program, found)
+    assert len(found["scores"]) == 1 and len(found["scores"][0]) > 0  # type: ignore[arg-type,index]
+
+
 def test_a_folder_of_configs_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(config.EXTRA_CONFIGS, "/nowhere")
     with pytest.raises(ValueError, match="ANOMALY_LAB_CONF=/nowhere is not a folder"):
