@@ -15,6 +15,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -94,6 +95,7 @@ class Cluster(NamedTuple):
         A node that has not forgotten the job since it was lost refuses it and is drained, and the job waits again.
         """
         until(lambda: self.left(number), self.logs)  # else its run is still locked
+        time.sleep(5)  # slurmd forgets a job some moments after its last process, and cannot be asked when
 
         def fulfilled() -> object:
             self.back_in_service()
