@@ -39,17 +39,29 @@ class Scored(Metric):
     _index: list[Tensor]
     _truth: list[Tensor]
     _decided: list[Tensor]
+    _terms: list[Tensor]
 
     def __init__(self) -> None:
         super().__init__()
-        for name in ("_score", "_index", "_truth", "_decided"):
+        self._names: tuple[str, ...] = ()  # of the terms
+        for name in ("_score", "_index", "_truth", "_decided", "_terms"):
             self.add_state(name, [], dist_reduce_fx="cat")
 
-    def update(self, score: Tensor, index: Tensor, truth: Tensor | None = None, decided: Tensor | None = None) -> None:
-        """Scores float32 (B,) of the images at ``index`` (B,), what they are, and what the method's own rule says."""
+    def update(
+        self,
+        score: Tensor,
+        index: Tensor,
+        truth: Tensor | None = None,
+        decided: Tensor | None = None,
+        terms: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        """Scores float32 (B,) of the images at ``index`` (B,), what they are, what the method's own rule says, and the
+        score's terms."""
         self._score.append(score.detach())
         self._index.append(index)
-        for kept, values in ((self._truth, truth), (self._decided, decided)):
+        self._names = tuple(terms or ())
+        stacked = torch.stack(list(terms.values()), 1) if terms else None  # (B,T)
+        for kept, values in ((self._truth, truth), (self._decided, decided), (self._terms, stacked)):
             if values is not None:
                 kept.append(values)
 
@@ -97,6 +109,11 @@ class Scored(Metric):
         return dim_zero_cat(self._decided).cpu().numpy() if self._decided else None
 
     @property
+    def terms(self) -> dict[str, np.ndarray]:
+        """The score's terms by name, float32 (N,) each."""
+        return dict(zip(self._names, dim_zero_cat(self._terms).cpu().numpy().T, strict=True)) if self._terms else {}
+
+    @property
     def mean(self) -> float:
         """Mean score. Waits for the device."""
         return dim_zero_cat(self._score).cpu().double().mean().item()
@@ -109,18 +126,20 @@ class Passes(nn.Module):
         super().__init__()
         self.val, self.test = Scored(), Scored()
 
-    def add(self, item: Any, otherwise: str, scores: Callable[[Tensor], tuple[Tensor, Tensor | None]]) -> None:
+    def add(
+        self, item: Any, otherwise: str, scores: Callable[[Tensor], tuple[Tensor, Tensor | None, Mapping[str, Tensor]]]
+    ) -> None:
         """Score what a loader gave. Held-out normals come without their truth, test images with it.
 
         Args:
             otherwise: ``val`` or ``test``, for loaders that give no `Batch`.
-            scores: of images (B,C,H,W), and the decisions of the method's own rule.
+            scores: of images (B,C,H,W): score, decisions of the method's own rule, terms.
         """
         known = isinstance(item, Batch)
         batch = item if isinstance(item, Batch) else plain_batch(images_of(item))
-        score, decided = scores(batch.x)
+        score, decided, terms = scores(batch.x)
         scored = self.test if (batch.truth is not None if known else otherwise == "test") else self.val
-        scored.update(score, batch.index, batch.truth, decided)
+        scored.update(score, batch.index, batch.truth, decided, terms)
 
     def reset(self) -> None:
         self.val.reset()

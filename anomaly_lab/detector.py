@@ -1,4 +1,3 @@
-# ruff: noqa: B027  # hooks are there to be overridden, or not
 """The contract every method fits: plays, fit hooks, scoring, and checkpoints that load anywhere.
 
 Legend of the shape comments: B images in a batch, C channels, H = W pixels, N images of a set.
@@ -7,12 +6,11 @@ Legend of the shape comments: B images in a batch, C channels, H = W pixels, N i
 from __future__ import annotations
 
 import inspect
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from lightning import LightningModule
@@ -27,7 +25,7 @@ from anomaly_lab.randomness import Randomness
 __all__ = ["Batch", "Contract", "Detector"]
 
 
-class Contract(ABC):
+class Contract:
     """What a method says: which networks play, with which losses, and how an image is scored.
 
     A training step is a sequence of plays (`plays`): each yields the players that move at the same point and their
@@ -38,12 +36,23 @@ class Contract(ABC):
     STAGES: ClassVar[tuple[str, ...]] = ()
     """Names of the stages of training, in order; empty for methods that train the same way throughout."""
 
-    @abstractmethod
     def score(self, x: Tensor) -> Tensor:
         """Anomaly score of each image, higher is more anomalous; of that image alone, whatever else is in ``x``.
 
         Called in eval mode. x: float32 (B,C,H,W) -> float32 (B,), raw: neither scaled nor clipped.
         """
+        return self.combine(self.terms(x))
+
+    def terms(self, x: Tensor) -> Mapping[str, Tensor]:
+        """The terms (B,) of a score that combines several, by name; with `combine` in place of `score`.
+
+        A run keeps every term of every image, and its AUROC, so another weight costs no training.
+        """
+        return {}
+
+    def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
+        """The score (B,) of images from their `terms`."""
+        raise NotImplementedError(f"{type(self).__name__} needs score(x), or terms(x) and combine(terms)")
 
     def players(self) -> Mapping[str, Sequence[nn.Module]]:
         """The networks each optimiser owns; a network may belong to two. Empty for methods without gradients."""
@@ -296,7 +305,7 @@ class Detector(Contract, LightningModule):
         self.log_dict(self.scored.test.summary())
 
     def predict_step(self, item: Any, batch_idx: int, dataloader_idx: int = 0) -> Tensor:
-        return scores(self, images_of(item))[0]
+        return scores(self, images_of(item)).score
 
     def _finish(self) -> None:
         if self.has("after_fit") and not self._finished:
@@ -318,15 +327,25 @@ class Detector(Contract, LightningModule):
             self.set_fitted(name, torch.empty_like(checkpoint["state_dict"][name], device=self.device))
 
 
-def scores(detector: Detector, x: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Scores float32 (B,) of images (B,C,H,W), and what the method's own rule says, bool (B,) or None."""
+class Scores(NamedTuple):
+    """What a method says of B images."""
+
+    score: Tensor  # float32 (B,)
+    decided: Tensor | None  # bool (B,), by the method's own rule
+    terms: Mapping[str, Tensor]  # float32 (B,), by name
+
+
+def scores(detector: Detector, x: Tensor) -> Scores:
+    """Score images (B,C,H,W), in eval mode."""
     assert not detector.training, "scores are taken in eval mode"
     # Half precision would tie scores that differ, and an inference tensor takes no part in a search by gradients.
     with torch.autocast(detector.device.type, enabled=False), torch.inference_mode(False), torch.no_grad():
         x = x.clone() if x.is_inference() else x
-        score, decided = detector.score(x).detach().float(), detector.decide(x)
-    assert score.shape == (len(x),), f"score() returned {tuple(score.shape)} for {len(x)} images"
-    return score, decided
+        terms = {name: term.detach().float() for name, term in detector.terms(x).items()}
+        score, decided = (detector.combine(terms) if terms else detector.score(x)).detach().float(), detector.decide(x)
+    for name, values in {"score()": score, **terms}.items():
+        assert values.shape == (len(x),), f"{name} returned {tuple(values.shape)} for {len(x)} images"
+    return Scores(score, decided, terms)
 
 
 @contextmanager

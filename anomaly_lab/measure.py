@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from anomaly_lab import figures, metrics
+from anomaly_lab.build import make_detector
 from anomaly_lab.config import Job
 from anomaly_lab.course import Diverged
 from anomaly_lab.data import OneClassData
@@ -32,6 +33,8 @@ class Measured(NamedTuple):
 
     metrics: dict[str, float | None]
     by_kind: dict[str, Any]
+    by_term: dict[str, float]  # AUROC of each term of the score
+    learned: dict[str, float | None]  # `learned`
     set_aside: list[dict[str, Any]]  # a row a set of rejected training images, with its true precision and recall
     sets: dict[str, np.ndarray]  # those images, as indices into the data set; what set_aside.npz holds
     scores: dict[str, np.ndarray]  # what scores.npz holds
@@ -63,6 +66,8 @@ def measure(job: Job, detector: Detector, data: OneClassData) -> Measured:
     return Measured(
         found,
         _by_kind(job, data, score, threshold, decided),
+        {name: metrics.auroc(term, partition.test_truth) for name, term in detector.scored.test.terms.items()},
+        learned(job, detector, data),
         rows,
         sets,
         {
@@ -71,6 +76,8 @@ def measure(job: Job, detector: Detector, data: OneClassData) -> Measured:
             "label": data.images.labels[partition.test],
             "index": partition.test,
             "val_score": val_score.astype(np.float32),
+            **{f"term_{name}": term for name, term in detector.scored.test.terms.items()},
+            **{f"val_term_{name}": term for name, term in detector.scored.val.terms.items()},
         },
     )
 
@@ -89,6 +96,37 @@ def _refuse_collapse(detector: Detector, data: OneClassData) -> None:
             f"training collapsed: {len(images)} different held-out images have the same reconstruction; "
             "lower the learning rate"
         )
+
+
+def learned(job: Job, detector: Detector, data: OneClassData) -> dict[str, float | None]:
+    """What tells a detector that learned from one that did not, without a label.
+
+    ``explained_variance``: 1 - |x - reconstruction|^2 / |x - mean training image|^2 over the held-out normals x; 0 is
+    what the mean image reaches, and None a method that does not reconstruct. ``distinct_scores``: of the test images.
+    ``parameter_change``: |theta - theta_0| / |theta_0| against the weights before training; None without any.
+    """
+    rebuilt_error = mean_error = 0.0
+    with torch.no_grad():
+        mean = data.prepared("train").mean(0).to(detector.device)  # (C,S,S)
+        for x in data.prepared("val").to(detector.device).split(100):
+            rebuilt = detector.reconstruct(x)
+            if rebuilt is None:
+                break
+            rebuilt_error += float((x - rebuilt).square().sum())
+            mean_error += float((x - mean).square().sum())
+        before = dict(make_detector(job.cfg, data.image_shape).named_parameters())
+        pairs = [
+            (parameter.cpu(), before[name])
+            for name, parameter in detector.named_parameters()
+            if name in before and before[name].shape == parameter.shape
+        ]
+        moved = sum(float((now - then).square().sum()) for now, then in pairs)
+        size = sum(float(then.square().sum()) for _, then in pairs)
+    return {
+        "explained_variance": 1 - rebuilt_error / mean_error if mean_error else None,
+        "distinct_scores": len(np.unique(detector.scored.test.score)),
+        "parameter_change": (moved / size) ** 0.5 if size else None,
+    }
 
 
 def _by_kind(

@@ -161,6 +161,11 @@ COLUMNS = (
     Column("size", str, lambda result: _method_and_size(result)[1]),
     # How many one-class problems the protocol has; None in results of code that did not record it.
     Column("classes", float, _key("classes"), optional=True),
+    # Whether it learned: `anomaly_lab.measure.learned`.
+    Column("explained_variance", float, _key("learned.explained_variance"), optional=True),
+    Column("distinct_scores", float, _key("learned.distinct_scores"), optional=True),
+    Column("parameter_change", float, _key("learned.parameter_change"), optional=True),
+    Column("by_term", str, lambda result: csv_cell(result.get("by_term") or None), optional=True),
 )
 """What results.csv holds, in this order. Columns with a dot in their name follow: parameters in which runs differ."""
 

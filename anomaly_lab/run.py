@@ -131,6 +131,8 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback]) ->
         "stored_shape": list(data.images.pixels.shape[1:]),
         "metrics": measured.metrics,
         "by_kind": measured.by_kind,
+        "by_term": measured.by_term,
+        "learned": measured.learned,
         "partition": {
             "fingerprint": partition.fingerprint,
             "version": split.version,

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
-from anomaly_lab import config
+from anomaly_lab import config, metrics
 from anomaly_lab.build import make_data
 from anomaly_lab.course import Diverged
 from anomaly_lab.data import OneClassData
 from anomaly_lab.detector import Detector
 from anomaly_lab.measure import HARDLY_BEGUN, _refuse_collapse, batch_norm_leak
+from anomaly_lab.run import run
 
 
 class Shrunk(Detector):
@@ -77,3 +79,34 @@ def test_the_leak_is_that_of_a_test_set_sorted_by_truth(tmp_path: Path) -> None:
     assert found["oracle_shuffled_auroc"] > 0.95 and found["oracle_sorted_auroc"] < 0.7
     assert all(torch.equal(buffer, before[name]) for name, buffer in made.norm.named_buffers())
     assert made.norm.track_running_stats and not made.norm.training
+
+
+def run_on_digits(folder: Path, *overrides: str) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    where = [f"runs={folder}", f"data_dir={folder}", "trainer.progress=false", "logger=none", "trainer.accelerator=cpu"]
+    cfg = config.compose([*overrides, *where])
+    result = run(cfg)
+    assert result is not None
+    with np.load(config.job(cfg).out / "scores.npz") as arrays:
+        return result, dict(arrays)
+
+
+def test_the_terms_of_a_score_are_kept_for_every_image(tmp_path: Path) -> None:
+    overrides = ["model=ede", "model.budget.epochs=1", "model.detector.width=4", "model.detector.omega=0.25"]
+    result, arrays = run_on_digits(tmp_path, *overrides)
+    image, latent = arrays["term_image"], arrays["term_latent"]
+    assert np.allclose(arrays["score"], 0.25 * image + 0.75 * latent, rtol=1e-6)
+    assert np.allclose(arrays["val_score"], 0.25 * arrays["val_term_image"] + 0.75 * arrays["val_term_latent"])
+    assert result["by_term"] == {
+        "image": metrics.auroc(image, arrays["truth"]),
+        "latent": metrics.auroc(latent, arrays["truth"]),
+    }
+
+
+def test_a_network_that_rebuilds_the_mean_image_explains_no_variance(tmp_path: Path) -> None:
+    """A decoder of width 4 after five steps against one after 200: labels are not looked at."""
+    small = ["model=autoencoder", "model.detector.width=8", "model.optimizer.lr=2e-3", "model.budget.epochs=4"]
+    begun, _ = run_on_digits(tmp_path / "begun", *small, "model.budget.epoch_steps=2")
+    trained, arrays = run_on_digits(tmp_path / "trained", *small, "model.budget.epoch_steps=60")
+    assert begun["learned"]["explained_variance"] < 0.1 < 0.3 < trained["learned"]["explained_variance"] < 1
+    assert 0 < begun["learned"]["parameter_change"] < trained["learned"]["parameter_change"]
+    assert trained["learned"]["distinct_scores"] == len(np.unique(arrays["score"]))

@@ -75,9 +75,12 @@ class EncoderDecoderEncoder(Detector):
         image, latent = self._errors(batch.x)
         yield {"ede": (self.alpha * image + self.beta * latent).mean()}
 
-    def score(self, x: Tensor) -> Tensor:
+    def terms(self, x: Tensor) -> Mapping[str, Tensor]:
         image, latent = self._errors(x)
-        return self.omega * image + (1 - self.omega) * latent
+        return {"image": image, "latent": latent} if isinstance(latent, Tensor) else {"image": image}
+
+    def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
+        return self.omega * terms["image"] + (1 - self.omega) * terms.get("latent", 0.0)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         return self.decoder1(self.encoder1(x))
@@ -248,11 +251,15 @@ class SharedAutoencoder(Detector):
             p = self.passes(x)
             yield {"both": self.loss_rec1(p) + self.loss_rec2(p)}
 
-    def score(self, x: Tensor) -> Tensor:
+    def terms(self, x: Tensor) -> Mapping[str, Tensor]:
+        """``image`` |x - x2'|, ``latent`` |z - z2'|, and ``image2`` |x - x2|, which only USAD's rule weighs."""
         p = self.passes(x)
+        return {"image": l1(x, p.x2p), "latent": l1(p.z, p.z2p), "image2": l1(x, p.x2)}
+
+    def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
         if self.score_rule == "usad":
-            return self.omega * l1(x, p.x2) + (1 - self.omega) * l1(x, p.x2p)
-        return self.omega * l1(x, p.x2p) + (1 - self.omega) * l1(p.z, p.z2p)
+            return self.omega * terms["image2"] + (1 - self.omega) * terms["image"]
+        return self.omega * terms["image"] + (1 - self.omega) * terms["latent"]
 
     def reconstruct(self, x: Tensor) -> Tensor:
         return self.passes(x).x2p
