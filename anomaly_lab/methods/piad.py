@@ -338,7 +338,7 @@ class PIAD(Detector):
         gamma_e, gamma_g = self.balance_encoder.gamma, self.balance_generator.gamma
         # One backward pass for both: L_rec times gamma_G reaches G, and on the way to E is brought to gamma_E. The
         # weights are in the gradients alone, so that the values of two epochs can be compared.
-        rec, adversarial_z, adversarial_x = self.terms(x, z, gamma_e / gamma_g)
+        rec, adversarial_z, adversarial_x = self.loss_terms(x, z, gamma_e / gamma_g)
         self.record("loss_reconstruction", rec)
         self.record("log10_gamma_encoder", gamma_e.log10())
         self.record("log10_gamma_generator", gamma_g.log10())
@@ -360,7 +360,7 @@ class PIAD(Detector):
         drift = on_real.square().mean() + on_fake.square().mean()
         return on_fake.mean() - on_real.mean() + self.penalty * penalty + self.drift * drift
 
-    def terms(self, x: Tensor, z: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def loss_terms(self, x: Tensor, z: Tensor, factor: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """L_rec, -D_z(E(x)) and -D_x(G(z)), scalars; the gradient of L_rec reaches E multiplied by ``factor``."""
         code = self.encoder(x)  # (B,d)
         rec = self.relative_l1(x, self.generator(scale_gradient(code, factor))).mean()
@@ -368,7 +368,7 @@ class PIAD(Detector):
 
     def choose_gammas(self, x: Tensor, z: Tensor) -> None:
         """Measure the gradients of L_rec and of the adversarial losses of E and G on images and codes of one step."""
-        rec, adversarial_z, adversarial_x = self.terms(x, z, torch.ones_like(self.balance_encoder.gamma))
+        rec, adversarial_z, adversarial_x = self.loss_terms(x, z, torch.ones_like(self.balance_encoder.gamma))
         e, g = _weights(self.encoder), _weights(self.generator)
         own = torch.autograd.grad(rec, e + g, retain_graph=True)
         other = torch.autograd.grad(adversarial_z + adversarial_x, e + g)  # one reaches E alone, the other G alone
