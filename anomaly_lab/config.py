@@ -460,18 +460,6 @@ def job(cfg: DictConfig) -> Job:
     return Job(cfg, own, out)
 
 
-def identity(cfg: DictConfig) -> dict[str, Any]:
-    return dict(job(cfg).identity)
-
-
-def run_dir(cfg: DictConfig) -> Path:
-    return job(cfg).out
-
-
-def finished(cfg: DictConfig) -> dict[str, Any] | None:
-    return job(cfg).finished()
-
-
 def expected_runs(experiment: str, overrides: Sequence[str] = ()) -> list[Job]:
     """Every run of ``conf/experiment/<experiment>.yaml``."""
     return [job(cfg) for cfg in compose_all(jobs([f"experiment={experiment}", *overrides]))]

@@ -35,8 +35,8 @@ class Measured(NamedTuple):
     by_kind: dict[str, Any]
     by_term: dict[str, float]  # AUROC of each term of the score
     learned: dict[str, float | None]  # `learned`
-    set_aside: list[dict[str, Any]]  # a row a set of rejected training images, with its true precision and recall
-    sets: dict[str, np.ndarray]  # those images, as indices into the data set; what set_aside.npz holds
+    rejected_images: list[dict[str, Any]]  # a row a set, with its true precision and recall
+    sets: dict[str, np.ndarray]  # those images, as indices into the data set; what rejected_images.npz holds
     scores: dict[str, np.ndarray]  # what scores.npz holds
 
 

@@ -231,10 +231,10 @@ class _Extra(NamedTuple):
 
 
 def _extras(frame: pd.DataFrame) -> list[_Extra]:
-    """Tables that only some runs have something for: kinds of anomaly, images set aside, what batch norm leaks."""
+    """Tables that only some runs have: kinds of anomaly, rejected training images, what batch norm leaks."""
     makers = {
         "auroc_seen": _kinds,
-        "set_aside": _sets_aside,
+        "rejected_images": _rejected,
         "oracle_sorted_auroc": _leaks,
     }
     short, common = _short(frame)
@@ -270,17 +270,19 @@ def _kinds(frame: pd.DataFrame) -> _Extra:
     return _Extra("Kinds of anomaly", note, header, rows)
 
 
-def _sets_aside(frame: pd.DataFrame) -> _Extra:
+def _rejected(frame: pd.DataFrame) -> _Extra:
     rows = []
     for run in frame.itertuples():
-        for entry in json.loads(run.set_aside):
+        for entry in json.loads(run.rejected_images):
             shares = ["n/a" if entry[name] is None else f"{entry[name]:.3f}" for name in ("precision", "recall")]
             rows.append([run.label, run.class_name, str(run.seed), entry["name"], str(entry["images"]), *shares])
     note = (
         "Training images that a method took for anomalies, with the share of true ones among them (precision) and the "
         "share of the true ones that it found (recall); no method sees either."
     )
-    return _Extra("Images set aside", note, ["method", "class", "seed", "set", "images", "precision", "recall"], rows)
+    return _Extra(
+        "Rejected training images", note, ["method", "class", "seed", "set", "images", "precision", "recall"], rows
+    )
 
 
 def _leaks(frame: pd.DataFrame) -> _Extra:

@@ -81,6 +81,11 @@ def _method_and_size(result: Result) -> tuple[str, str]:
     return method, "full" if method == model else "small"
 
 
+def _rejected_images(result: Result) -> str:
+    """The sets of rejected training images as JSON; earlier code called them ``set_aside``."""
+    return csv_cell(result.get("rejected_images") or result.get("set_aside") or None)
+
+
 def _published_as(result: Result) -> str:
     """The method of published.csv that a run is compared with: what its model's yaml names, else its own."""
     model = (result.get("config") or {}).get("model") or {}
@@ -155,7 +160,7 @@ COLUMNS = (
     _of_kind("balanced_accuracy", "unseen"),
     _metric("oracle_shuffled_auroc"),
     _metric("oracle_sorted_auroc"),
-    Column("set_aside", str, lambda result: csv_cell(result["set_aside"] or None), optional=True),
+    Column("rejected_images", str, _rejected_images, optional=True),
     Column("earlier_code", str, lambda result: _commits(_all_code(result)[1:]), optional=True),
     Column("method", str, lambda result: _method_and_size(result)[0]),
     Column("size", str, lambda result: _method_and_size(result)[1]),

@@ -118,7 +118,7 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback]) ->
 
     _write_arrays(out / "scores.npz", measured.scores)
     if measured.sets:
-        _write_arrays(out / "set_aside.npz", measured.sets)
+        _write_arrays(out / "rejected_images.npz", measured.sets)
     partition = data.partition
     fit_seconds = sum(row["seconds"] for row in detector.course.history)
     result = {
@@ -153,7 +153,7 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback]) ->
         "seconds": {"fit": round(fit_seconds, 3), "score": round(score_seconds, 3)},
         "images_per_second": round(int(detector.images_seen) / fit_seconds, 1) if fit_seconds else None,
         "peak_memory_mb": round(memory, 1),
-        "set_aside": measured.set_aside,
+        "rejected_images": measured.rejected_images,
         "epochs": int(detector.epochs_done),
         "steps": int(detector.steps_done),
         "history": detector.course.history,

@@ -29,7 +29,6 @@ TITLES = {
     "machine": "The machine's peaks",
     "training": "Throughput: the lab beside bare loops",
     "peers": "Throughput beside other packages",
-    "choices": "What was chosen by measurement",
     "abreast": "Many models at once",
     "startup": "Start-up",
     "scoring": "Scoring",

@@ -59,7 +59,7 @@ def tiny(runs: Path, data: Path, words: str) -> DictConfig:
 
 def made(cfg: DictConfig) -> dict[str, bytes]:
     """Every number that a finished run has left, but the seconds."""
-    out = config.run_dir(cfg)
+    out = config.job(cfg).out
     checkpoint = load_checkpoint(out / "last.ckpt")
     rows = [{k: v for k, v in row.items() if k != "seconds"} for row in checkpoint["anomaly_lab"].pop("history")]
     found = {"history": json.dumps(rows).encode()}
@@ -113,7 +113,7 @@ def test_runs_abreast_are_those_alone_to_the_bit_and_take_turns_step_by_step(
     cfgs = [tiny(tmp_path, data, words) for words in SINGLE]
     results = turns.take([partial(run, cfg) for cfg in cfgs], at_once=4)
     for cfg, result, expected in zip(cfgs, results, alone, strict=True):
-        assert result is not None and result["identity"] == config.identity(cfg)
+        assert result is not None and result["identity"] == config.job(cfg).identity
         assert made(cfg) == expected
     order = recorded
     assert order[: 4 * STEPS] == [f"run {number}" for number in range(4)] * STEPS
@@ -224,7 +224,7 @@ def test_on_a_gpu_each_run_has_a_stream_and_its_results_are_those_alone(tmp_path
             assert all(job() for job in jobs)
         else:
             assert all(turns.take(jobs, at_once))
-        return [np.load(config.run_dir(cfg) / "scores.npz")["score"] for cfg in cfgs]
+        return [np.load(config.job(cfg).out / "scores.npz")["score"] for cfg in cfgs]
 
     expected = made_in("alone", 1)
     assert streams == {0}
@@ -298,7 +298,7 @@ def test_a_run_that_does_not_fit_beside_the_others_says_that_fewer_may(
 
 
 def test_a_run_that_another_process_makes_is_left_to_it(lab: Command, tmp_path: Path, data: Path) -> None:
-    busy = config.run_dir(tiny(tmp_path / "runs", data, SMALL))
+    busy = config.job(tiny(tmp_path / "runs", data, SMALL)).out
     busy.mkdir(parents=True)
     hold = f"import fcntl; f = open({str(busy / '.lock')!r}, 'w'); fcntl.flock(f, fcntl.LOCK_EX); print(1, flush=True)"
     with subprocess.Popen([sys.executable, "-c", f"{hold}; input()"], stdin=-1, stdout=-1, text=True) as holder:

@@ -206,16 +206,16 @@ def test_a_run_records_what_was_rejected_and_how_right_it_was(
     refined: tuple[DictConfig, dict[str, Any], Weights],
 ) -> None:
     cfg, result, _ = refined
-    with np.load(config.run_dir(cfg) / "set_aside.npz") as file:
+    with np.load(config.job(cfg).out / "rejected_images.npz") as file:
         sets = {name: file[name] for name in file}
-    assert [row["name"] for row in result["set_aside"]] == ["round 1", "round 2", "repelled"]
+    assert [row["name"] for row in result["rejected_images"]] == ["round 1", "round 2", "repelled"]
     train = result["partition"]["train"]
-    kept = torch.load(config.run_dir(cfg) / "last.ckpt", weights_only=True)["state_dict"]
+    kept = torch.load(config.job(cfg).out / "last.ckpt", weights_only=True)["state_dict"]
     assert kept["training_errors"].shape == (train,), "thresholds are of all training images"
     assert 0.05 * train < len(sets["round 1"]) < 0.2 * train, "about nu of the images in use"
     assert set(sets["round 1"]) < set(sets["round 2"]) and set(sets["repelled"]) < set(sets["round 2"])
     labels = config.load_images(cfg).labels
-    for row in result["set_aside"]:
+    for row in result["rejected_images"]:
         anomalous = (labels[sets[row["name"]]] == 7).sum()
         assert row["images"] == len(sets[row["name"]])
         assert row["precision"] == pytest.approx(anomalous / row["images"])
@@ -258,7 +258,7 @@ def test_stopped_anywhere_it_resumes_to_the_same_bits(
         assert torch.equal(tensor, weights.weights[name]), name
     for name, array in scores(straight).items():
         assert np.array_equal(array, scores(broken)[name]), name
-    assert resumed["set_aside"] == undisturbed["set_aside"] and resumed["by_kind"] == undisturbed["by_kind"]
+    assert resumed["rejected_images"] == undisturbed["rejected_images"] and resumed["by_kind"] == undisturbed["by_kind"]
 
 
 @pytest.mark.parametrize(
@@ -287,8 +287,8 @@ def test_a_collapse_stays_a_failure_when_the_run_is_asked_for_again(tmp_path: Pa
     for _ in range(2):  # the second time nothing is trained, the checkpoint holds all epochs
         with pytest.raises(Diverged, match=r"collapsed: .* have the same reconstruction; lower the learning rate"):
             run(cfg)
-        assert "Diverged" in json.loads((config.run_dir(cfg) / "failure.json").read_text())["error"]
-        assert not (config.run_dir(cfg) / "result.json").exists()
+        assert "Diverged" in json.loads((config.job(cfg).out / "failure.json").read_text())["error"]
+        assert not (config.job(cfg).out / "result.json").exists()
 
 
 @pytest.mark.parametrize("model", ["itsr", "aae", "autoencoder_beggel"])
@@ -299,7 +299,7 @@ def test_a_finished_run_scores_and_decides_on_new_images(
     run(cfg)
     written = scores(cfg)
     pixels = config.load_images(cfg).pixels[written["index"]]
-    loaded = load_run(config.run_dir(cfg))
+    loaded = load_run(config.job(cfg).out)
     np.testing.assert_allclose(loaded.score(pixels), written["score"], rtol=1e-5, atol=1e-6)
     if model != "autoencoder_beggel":
         assert np.array_equal(loaded.decide(pixels), written["score"] > 0.9)

@@ -24,7 +24,7 @@ from anomaly_lab import build, config
 from anomaly_lab.data import OneClassData
 from anomaly_lab.detector import Batch, Detector
 from benchmarks import __main__ as main
-from benchmarks import choices, compare, peers, training
+from benchmarks import compare, peers, training
 from benchmarks.bare import LOOPS, PASSES, Bare
 from benchmarks.published import Published
 
@@ -239,32 +239,6 @@ def test_a_missing_package_is_one_line_that_says_how_to_get_it(
     rows = peers.measure("cpu", quick=True)
     assert [row["missing"] for row in rows] == capsys.readouterr().out.splitlines()
     assert all("pip install 'anomaly-lab[bench]'" in row["missing"] for row in rows)
-
-
-# Choices ------------------------------------------------------------------------------------------------------------
-
-
-def test_every_choice_is_measured_beside_the_default() -> None:
-    rows = choices.vary("ganomaly", "size=small", "model.detector.width=4", pairs=1, seconds=0.01, compiled=False)
-    first, *others = rows
-    assert first["setting"].startswith("default: contiguous, Adam for-loop")
-    found = {row["setting"]: row for row in others}
-    assert {"channels_last", "Adam foreach", "Adam fused", "deterministic algorithms, memory filled"} <= set(found)
-    assert found["deterministic algorithms, memory not filled"]["difference"] == 0.0
-    assert all(row["difference"] < 1e-3 and row["ms_cpu"]["median"] > 0 for row in others)
-    assert not torch.are_deterministic_algorithms_enabled()
-
-
-def test_networks_change_their_layout() -> None:
-    made = build.make_detector(tiny("piad_pixel_l1"), (1, 32, 32))
-    assert choices.is_channels_last(made)
-    choices.turn_layout(made)
-    assert not choices.is_channels_last(made)
-
-
-def test_a_difference_of_losses_is_relative_and_nothing_where_they_are_equal() -> None:
-    assert choices.difference([1.0, -2.0], [1.0, -2.0]) == 0.0
-    assert choices.difference([1.0, -2.0], [1.0, -2.5]) == 0.25
 
 
 # The command --------------------------------------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def tiny(runs: Path, model: str, *options: str) -> DictConfig:
 def outcome(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> tuple[dict[str, Any], dict[str, Tensor]]:
     result = run(cfg, callbacks)
     assert result is not None
-    state = torch.load(config.run_dir(cfg) / "last.ckpt", weights_only=True)["state_dict"]
+    state = torch.load(config.job(cfg).out / "last.ckpt", weights_only=True)["state_dict"]
     return result, state
 
 
@@ -298,7 +298,7 @@ def test_on_a_gpu_captured_scores_are_about_those_of_a_plain_run(tmp_path: Path,
     for capture in ("false", "true"):
         cfg = tiny(tmp_path / capture, model, "trainer.accelerator=cuda", f"trainer.capture={capture}")
         outcome(cfg)
-        with np.load(config.run_dir(cfg) / "scores.npz") as file:
+        with np.load(config.job(cfg).out / "scores.npz") as file:
             scores.append(file["score"])
     np.testing.assert_allclose(scores[1], scores[0], rtol=1e-2, atol=1e-2 * float(np.median(scores[0])))
 
@@ -312,7 +312,7 @@ def test_on_a_gpu_a_captured_run_resumes_computed_and_the_other_way(tmp_path: Pa
             run(tiny(runs, model, "trainer.accelerator=cuda", f"trainer.capture={first}"), [Stop(10)])
         cfg = tiny(runs, model, "trainer.accelerator=cuda", f"trainer.capture={then}")
         result, _ = outcome(cfg)
-        states = torch.load(config.run_dir(cfg) / "last.ckpt", weights_only=True)["optimizer_states"]
+        states = torch.load(config.job(cfg).out / "last.ckpt", weights_only=True)["optimizer_states"]
         assert {int(one["step"]) for state in states for one in state["state"].values()} == {result["steps"]}
         assert result["metrics"]["auroc"] == pytest.approx(whole["metrics"]["auroc"], abs=0.02)
 
@@ -325,6 +325,6 @@ def test_on_a_gpu_captured_runs_abreast_are_those_alone(tmp_path: Path, model: s
     turns.take([functools.partial(run, cfg) for cfg in cfgs], 2)
     for named, cfg in enumerate(cfgs):
         _, alone = outcome(tiny(tmp_path / "alone", model, *options, f"normal_class={named}"))
-        beside = torch.load(config.run_dir(cfg) / "last.ckpt", weights_only=True)["state_dict"]
+        beside = torch.load(config.job(cfg).out / "last.ckpt", weights_only=True)["state_dict"]
         for name, weight in alone.items():
             torch.testing.assert_close(beside[name], weight, rtol=1e-5, atol=1e-7, msg=name)

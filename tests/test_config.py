@@ -22,8 +22,8 @@ EXPERIMENTS = sorted(path.stem for path in (config.CONFIG_DIR / "experiment").gl
 def test_a_plain_run_has_nothing_changed_and_a_plain_folder() -> None:
     cfg = config.compose(["model=shared_ae", "size=full", "normal_class=8", "seed=3"])
     assert config.changed(cfg) == {}
-    assert config.run_dir(cfg) == Path("runs/shared_ae/digits/pooled/n8/s3")
-    assert config.identity(cfg)["normal_class"] == 8
+    assert config.job(cfg).out == Path("runs/shared_ae/digits/pooled/n8/s3")
+    assert config.job(cfg).identity["normal_class"] == 8
 
 
 @pytest.mark.parametrize(
@@ -46,7 +46,7 @@ def test_what_can_change_a_result_makes_another_run(override: str) -> None:
     cfg = config.compose(["model=shared_ae", override])
     assert all(key.startswith(override.split("=")[0]) for key in config.changed(cfg))
     assert config.changed(cfg)
-    assert re.fullmatch(r"s0-[0-9a-f]{8}", config.run_dir(cfg).name)
+    assert re.fullmatch(r"s0-[0-9a-f]{8}", config.job(cfg).out.name)
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_what_can_change_a_result_makes_another_run(override: str) -> None:
 )
 def test_what_cannot_change_a_result_is_the_same_run(override: str) -> None:
     cfg = config.compose(["model=shared_ae", override])
-    assert config.changed(cfg) == {} and config.run_dir(cfg) == config.run_dir(config.compose(["model=shared_ae"]))
+    assert config.changed(cfg) == {} and config.job(cfg).out == config.job(config.compose(["model=shared_ae"])).out
 
 
 def test_every_trainer_option_is_tested_one_way_or_the_other() -> None:
@@ -77,7 +77,7 @@ def test_every_trainer_option_is_tested_one_way_or_the_other() -> None:
 
 def test_the_same_number_written_otherwise_is_the_same_run() -> None:
     two, also_two = (config.compose([f"model.detector.alpha={text}"]) for text in ("2", "2.0"))
-    assert config.run_dir(two) == config.run_dir(also_two) != config.run_dir(config.compose())
+    assert config.job(two).out == config.job(also_two).out != config.job(config.compose()).out
 
 
 def test_a_setting_spelled_out_at_its_default_changes_nothing() -> None:

@@ -130,8 +130,8 @@ def test_at_a_rate_of_one_it_ends_with_a_recorded_failure(tmp_path: Path) -> Non
     cfg = config.compose([*TINY, f"runs={tmp_path}", f"data_dir={tmp_path}", "model.optimizer.lr=1"])
     with pytest.raises(Diverged, match=r"training (diverged|collapsed).*: .*; lower the learning rate"):
         run(cfg)
-    assert "Diverged: training" in (config.run_dir(cfg) / "failure.json").read_text()
-    assert not (config.run_dir(cfg) / "result.json").exists()
+    assert "Diverged: training" in (config.job(cfg).out / "failure.json").read_text()
+    assert not (config.job(cfg).out / "result.json").exists()
 
 
 def test_the_leak_of_batch_norm_is_measured_apart_and_changes_nothing(tmp_path: Path) -> None:

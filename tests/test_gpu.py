@@ -42,8 +42,8 @@ def test_every_method_runs_on_the_gpu(tmp_path: Path, model: str) -> None:
 def loads_on_both(cfg: DictConfig) -> None:
     result = run(cfg)
     assert result is not None and result["device"] != "cpu" and result["peak_memory_mb"] > 0
-    with np.load(config.run_dir(cfg) / "scores.npz") as file:
+    with np.load(config.job(cfg).out / "scores.npz") as file:
         score, index = file["score"], file["index"]
     images = config.load_images(cfg).pixels[index]
-    np.testing.assert_allclose(load_run(config.run_dir(cfg), "cuda").score(images), score, rtol=1e-3)
-    np.testing.assert_allclose(load_run(config.run_dir(cfg)).score(images), score, rtol=1e-2)
+    np.testing.assert_allclose(load_run(config.job(cfg).out, "cuda").score(images), score, rtol=1e-3)
+    np.testing.assert_allclose(load_run(config.job(cfg).out).score(images), score, rtol=1e-2)

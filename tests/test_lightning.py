@@ -48,7 +48,7 @@ def test_a_bare_trainer_gives_the_scores_of_a_run_to_the_bit(
     cfg = short(model, tmp_path)
     result = run(cfg)
     assert result is not None
-    with np.load(config.run_dir(cfg) / "scores.npz") as file:
+    with np.load(config.job(cfg).out / "scores.npz") as file:
         expected, held_out = file["score"], file["val_score"]
 
     data = make_data(config.job(cfg))
@@ -68,7 +68,7 @@ def test_a_bare_trainer_gives_the_scores_of_a_run_to_the_bit(
     assert rows[0] == rows[1]
 
     checkpoint = trainer.checkpoint_callback.best_model_path  # type: ignore[union-attr]
-    for path in (checkpoint, config.run_dir(cfg) / "last.ckpt"):
+    for path in (checkpoint, config.job(cfg).out / "last.ckpt"):
         given = torch.load(path, weights_only=True)["hyper_parameters"]
         lacking = {name: value for name, value in detector._given.items() if name not in given}
         assert set(lacking) <= {"features"}, "all but what is no plain value"

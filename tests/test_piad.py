@@ -632,10 +632,10 @@ def test_a_file_that_would_not_be_read_is_refused(weights: str) -> None:
 
 def test_where_a_file_lies_is_no_part_of_a_run_but_its_checksum_is(tmp_path: Path) -> None:
     base = ["model=piad_squeezenet", "normal_class=0", f"data_dir={tmp_path / 'data'}"]
-    plain = config.run_dir(config.compose(base))
+    plain = config.job(config.compose(base)).out
     for key in ("features.path=elsewhere.pth", "features.statistics.path=elsewhere.npz"):
-        assert config.run_dir(config.compose([*base, f"model.detector.{key}"])) == plain
-    assert config.run_dir(config.compose([*base, f"data_dir={tmp_path / 'elsewhere'}"])) == plain
+        assert config.job(config.compose([*base, f"model.detector.{key}"])).out == plain
+    assert config.job(config.compose([*base, f"data_dir={tmp_path / 'elsewhere'}"])).out == plain
     for key in ("features.sha256=00000000ab", "features.statistics.sha256=00000000ab", "features.weights=random"):
         assert config.changed(config.compose([*base, f"model.detector.{key}"])), key
 
@@ -674,7 +674,7 @@ def test_a_stopped_run_resumes_to_the_same_bits_and_loads_where_its_weights_move
         run(broken, [Stop(5)])  # after gammas were chosen in steps 2 and 4
     resumed = run(broken)
     assert undisturbed is not None and resumed is not None and resumed["steps"] == 9
-    states = [torch.load(config.run_dir(c) / "last.ckpt", weights_only=True)["state_dict"] for c in (straight, broken)]
+    states = [torch.load(config.job(c).out / "last.ckpt", weights_only=True)["state_dict"] for c in (straight, broken)]
     assert states[0].keys() == states[1].keys() and not [name for name in states[0] if name.startswith("features.")]
     for name, tensor in states[0].items():
         assert torch.equal(tensor, states[1][name]), name
@@ -684,15 +684,15 @@ def test_a_stopped_run_resumes_to_the_same_bits_and_loads_where_its_weights_move
     assert {"loss_image_critic", "loss_latent_critic", "loss_encoder_generator", "loss_reconstruction"} <= set(history)
     assert {"log10_gamma_encoder", "log10_gamma_generator", "val_score"} <= set(history)
 
-    with np.load(config.run_dir(broken) / "scores.npz") as file:
+    with np.load(config.job(broken).out / "scores.npz") as file:
         score, index = file["score"], file["index"]
     pixels = config.load_images(broken).pixels[index]
-    np.testing.assert_allclose(load_run(config.run_dir(broken)).score(pixels), score, rtol=1e-5)
+    np.testing.assert_allclose(load_run(config.job(broken).out).score(pixels), score, rtol=1e-5)
     data_folder.rename(tmp_path / "moved")
     with pytest.raises(ValueError, match="name today's with data_dir or --data-dir") as error:
-        load_run(config.run_dir(broken))
+        load_run(config.job(broken).out)
     assert "squeezenet1_0.pth is not there" in one_line(error)
-    moved = load_run(config.run_dir(broken), data_dir=tmp_path / "moved")
+    moved = load_run(config.job(broken).out, data_dir=tmp_path / "moved")
     np.testing.assert_allclose(moved.score(pixels), score, rtol=1e-5)
 
 

@@ -31,7 +31,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     cfg = config.compose([*TINY, *where, "split=one_abnormal", "abnormal_class=3", "split.max_train=250"])
     result = run(cfg)
     assert result is not None and result["metrics"]["threshold"] is not None
-    out = config.run_dir(cfg)
+    out = config.job(cfg).out
     with np.load(out / "scores.npz") as file:
         written = dict(file)
     return SimpleNamespace(out=out, result=result, images=config.load_images(cfg).pixels, **written)
@@ -167,11 +167,11 @@ def test_a_run_trained_in_mixed_precision_is_scored_in_full(tmp_path: Path) -> N
     """Half precision would tie scores that differ; here, and in the run."""
     cfg = config.compose([*TINY, "trainer.precision=bf16-mixed", f"runs={tmp_path}", f"data_dir={tmp_path / 'data'}"])
     assert run(cfg) is not None
-    with np.load(config.run_dir(cfg) / "scores.npz") as file:
+    with np.load(config.job(cfg).out / "scores.npz") as file:
         written, index = file["score"], file["index"]
     assert len(np.unique(written)) > 0.95 * len(written)
     images = config.load_images(cfg).pixels[index]
-    np.testing.assert_allclose(predict.load_run(config.run_dir(cfg)).score(images), written, rtol=1e-5)
+    np.testing.assert_allclose(predict.load_run(config.job(cfg).out).score(images), written, rtol=1e-5)
 
 
 def _without_result(run_folder: Path) -> None:

@@ -354,12 +354,12 @@ def test_kinds_of_anomaly_stand_apart_beside_the_published_figures(runs: Runs, t
     assert "kinds that contaminate" in page and "<td>published (secondary, full size)</td>" in page
 
 
-def test_sets_of_images_set_aside_are_shown_with_their_truth(runs: Runs, tmp_path: Path) -> None:
+def test_sets_of_rejected_training_images_are_shown_with_their_truth(runs: Runs, tmp_path: Path) -> None:
     sets = [
         {"name": "round 1", "images": 108, "precision": 0.25, "recall": 0.5},
         {"name": "repelled", "images": 0, "precision": None, "recall": 0.0},
     ]
-    runs.add(0.9, model="itsr_small", more={"set_aside": sets})
+    runs.add(0.9, model="itsr_small", more={"rejected_images": sets})
     results.write_csv(results.read(runs.root), tmp_path / "results.csv")
     text = report.markdown(report.sections(results.read_csv(tmp_path / "results.csv")))
     _, _, first, second = lines(text.split("took for anomalies")[1].split("\n\n")[1])

@@ -92,13 +92,16 @@ def test_a_new_metric_is_one_line_in_the_table_of_columns(
 
 
 @pytest.mark.parametrize(("model", "size"), [("ganomaly_small", "small"), ("ganomaly", "full")])
-def test_results_of_earlier_code_had_their_size_in_the_models_name(runs: Runs, model: str, size: str) -> None:
+def test_results_of_earlier_code_are_read_under_todays_names(runs: Runs, model: str, size: str) -> None:
     file = runs.add(0.9, model=model) / "result.json"
     result = json.loads(file.read_text())
     result["config"] = {"choices": {"model": model}, "model": {}}
+    result["set_aside"] = [{"name": "round 1", "images": 3, "precision": None, "recall": 0.5}]
     del result["classes"]
+    result.pop("rejected_images", None)
     file.write_text(json.dumps(result))
     [run] = results.read(runs.root).to_dict("records")
+    assert json.loads(run["rejected_images"])[0]["recall"] == 0.5, "earlier code's name of the sets"
     assert (run["model"], run["method"], run["size"], run["published_as"]) == (model, "ganomaly", size, "ganomaly")
     assert np.isnan(run["classes"])
 

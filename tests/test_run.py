@@ -68,13 +68,13 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[DictConfig, dict
 
 
 def scores(cfg: DictConfig) -> dict[str, np.ndarray]:
-    with np.load(config.run_dir(cfg) / "scores.npz") as file:
+    with np.load(config.job(cfg).out / "scores.npz") as file:
         return dict(file)
 
 
 def test_a_run_writes_what_the_design_says(finished: tuple[DictConfig, dict[str, Any], Weights]) -> None:
     cfg, result, _ = finished
-    out = config.run_dir(cfg)
+    out = config.job(cfg).out
     assert out.relative_to(cfg.runs).parts[:4] == ("shared_ae_small", "digits", "pooled", "n3")
     assert json.loads((out / "result.json").read_text()) == result
     names = {path.name for path in out.iterdir()}
@@ -100,7 +100,7 @@ def test_metrics_are_those_of_the_written_scores(finished: tuple[DictConfig, dic
 def test_the_checkpoint_holds_tensors_and_plain_values_only(
     finished: tuple[DictConfig, dict[str, Any], Weights],
 ) -> None:
-    checkpoint = torch.load(config.run_dir(finished[0]) / "last.ckpt", weights_only=True)
+    checkpoint = torch.load(config.job(finished[0]).out / "last.ckpt", weights_only=True)
     assert checkpoint["anomaly_lab"]["history"] == finished[1]["history"]
 
 
@@ -111,12 +111,12 @@ def test_checkpoints_can_be_written_every_so_many_epochs_and_change_nothing(tmp_
         cfg = tiny(tmp_path / f"after_{after}", rare)
         with pytest.raises(RuntimeError, match="stopped"):
             run(cfg, [Stop(after)])
-        assert (config.run_dir(cfg) / "last.ckpt").exists() is there
+        assert (config.job(cfg).out / "last.ckpt").exists() is there
     resumed, whole = run(cfg), run(tiny(tmp_path / "whole"))
     assert resumed is not None and whole is not None and resumed["metrics"] == whole["metrics"]
     odd = tiny(tmp_path / "odd", "trainer.checkpoint_every=3")
     run(odd)  # 4 epochs
-    checkpoint = torch.load(config.run_dir(odd) / "last.ckpt", weights_only=True)
+    checkpoint = torch.load(config.job(odd).out / "last.ckpt", weights_only=True)
     assert len(checkpoint["anomaly_lab"]["history"]) == 4, "the last epoch is always kept"
     with pytest.raises(ValueError, match=r"trainer\.checkpoint_every=0: give a whole number"):
         run(tiny(tmp_path / "wrong", "trainer.checkpoint_every=0"))
@@ -124,9 +124,9 @@ def test_checkpoints_can_be_written_every_so_many_epochs_and_change_nothing(tmp_
 
 def test_a_finished_run_is_not_made_again(finished: tuple[DictConfig, dict[str, Any], Weights]) -> None:
     cfg, result, _ = finished
-    before = (config.run_dir(cfg) / "result.json").stat().st_mtime_ns
+    before = (config.job(cfg).out / "result.json").stat().st_mtime_ns
     assert run(cfg, [Stop(after_steps=1)]) == result
-    assert (config.run_dir(cfg) / "result.json").stat().st_mtime_ns == before
+    assert (config.job(cfg).out / "result.json").stat().st_mtime_ns == before
 
 
 def comparable(history: list[dict[str, float]]) -> list[dict[str, float]]:
@@ -143,12 +143,12 @@ def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, model: str, layo
     for after in (8, 2):  # in the middle of epoch 3, then again in the resumed epoch 3
         with pytest.raises(RuntimeError, match="stopped"):
             run(broken, [Stop(after)])
-        failure = json.loads((config.run_dir(broken) / "failure.json").read_text())
+        failure = json.loads((config.job(broken).out / "failure.json").read_text())
         assert failure["error"] == "RuntimeError: stopped" and "Traceback" in failure["traceback"]
-        assert not (config.run_dir(broken) / "result.json").exists()
+        assert not (config.job(broken).out / "result.json").exists()
     resumed = run(broken, [weights])
     assert undisturbed is not None and resumed is not None
-    assert not (config.run_dir(broken) / "failure.json").exists()
+    assert not (config.job(broken).out / "failure.json").exists()
     assert comparable(resumed["history"]) == comparable(undisturbed["history"])
     for name, tensor in whole.weights.items():
         assert torch.equal(tensor, weights.weights[name]), name
@@ -161,7 +161,7 @@ def test_killed_after_the_last_epoch_the_run_is_scored_without_training(tmp_path
     cfg = tiny(tmp_path / "runs")
     first = run(cfg)
     assert first is not None
-    (config.run_dir(cfg) / "result.json").unlink()
+    (config.job(cfg).out / "result.json").unlink()
     again = run(cfg, [Stop(after_steps=1)])
     assert again is not None and again["metrics"] == first["metrics"]
 
@@ -180,7 +180,7 @@ def test_watching_the_test_set_changes_nothing_and_is_shown_apart(
     assert seen[-1] == watched["metrics"]["auroc"]
     for name, array in scores(cfg).items():
         assert np.array_equal(array, before[name]), name
-    assert "oracle_auroc" in torch.load(config.run_dir(cfg) / "last.ckpt")["anomaly_lab"]["history"][0]
+    assert "oracle_auroc" in torch.load(config.job(cfg).out / "last.ckpt")["anomaly_lab"]["history"][0]
 
 
 def test_what_was_watched_stays_watched_when_the_leak_is_measured_later(tmp_path: Path) -> None:
@@ -197,7 +197,7 @@ def test_a_result_is_retired_before_its_checkpoint_is_overwritten(tmp_path: Path
     watched = tiny(tmp_path / "runs", "trainer.watch_test=true")
     with pytest.raises(RuntimeError, match="stopped"):
         run(watched, [Stop(after_steps=5)])
-    assert not (config.run_dir(watched) / "result.json").exists()
+    assert not (config.job(watched).out / "result.json").exists()
 
 
 def test_a_file_system_without_locks_is_said_and_the_run_is_made(
@@ -217,7 +217,7 @@ def test_a_file_system_without_locks_is_said_and_the_run_is_made(
 
 def test_a_second_process_leaves_a_busy_run_alone(tmp_path: Path) -> None:
     cfg = tiny(tmp_path / "runs")
-    out = config.run_dir(cfg)
+    out = config.job(cfg).out
     out.mkdir(parents=True)
     with open(out / ".lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)  # another open file: as another process would hold it
@@ -229,8 +229,8 @@ def test_divergence_is_a_recorded_failure_not_a_table_entry(tmp_path: Path) -> N
     cfg = tiny(tmp_path / "runs", "model.optimizer.lr=1e30")
     with pytest.raises(Diverged, match=r"diverged: .* at epoch \d; lower the learning rate"):
         run(cfg)
-    assert "Diverged" in json.loads((config.run_dir(cfg) / "failure.json").read_text())["error"]
-    assert not (config.run_dir(cfg) / "result.json").exists()
+    assert "Diverged" in json.loads((config.job(cfg).out / "failure.json").read_text())["error"]
+    assert not (config.job(cfg).out / "result.json").exists()
 
 
 def test_half_a_file_is_never_left_behind(tmp_path: Path) -> None:
@@ -427,7 +427,7 @@ def test_an_edited_default_is_not_answered_with_the_old_result(toy: Path) -> Non
     config._defaults.cache_clear()
     with pytest.raises(ValueError, match=r"model\.optimizer\.lr=0\.1 \(now 0\.05\): delete that folder"):
         run(toy_run(toy, "runs"))
-    (config.run_dir(toy_run(toy, "runs")) / "result.json").unlink()
+    (config.job(toy_run(toy, "runs")).out / "result.json").unlink()
     with pytest.raises(ValueError, match=r"now 0\.05"):  # nor resumed with the old weights
         run(toy_run(toy, "runs"))
 
@@ -436,7 +436,7 @@ def test_a_damaged_checkpoint_is_said_and_started_again(tmp_path: Path, caplog: 
     cfg = tiny(tmp_path / "runs")
     with pytest.raises(RuntimeError, match="stopped"):
         run(cfg, [Stop(after_steps=8)])
-    checkpoint = config.run_dir(cfg) / "last.ckpt"
+    checkpoint = config.job(cfg).out / "last.ckpt"
     checkpoint.write_bytes(checkpoint.read_bytes()[:1000])
     result = run(cfg)
     assert result is not None and len(result["history"]) == 4
@@ -464,7 +464,7 @@ def test_a_schedulers_signal_does_not_publish_a_half_trained_detector(
         signal.signal(signal.SIGUSR1, before)
     plain = run(tiny(tmp_path / "plain"))
     assert result is not None and plain is not None and result["metrics"] == plain["metrics"]
-    assert not list(config.run_dir(cfg).glob("hpc_ckpt*"))
+    assert not list(config.job(cfg).out.glob("hpc_ckpt*"))
 
 
 class Inside(Callback):

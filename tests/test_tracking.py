@@ -23,11 +23,12 @@ import pytest
 import wandb
 import yaml
 from lightning import Callback
+from recordings import read_offline
 from wandb.sdk.launch.sweeps.utils import create_sweep_command, create_sweep_command_args
 
 from anomaly_lab import cli, config, tracking
 from anomaly_lab.run import run
-from anomaly_lab.tracking import Wandb, read_offline
+from anomaly_lab.tracking import Wandb
 
 EPOCHS = 3
 LOGGERS = ("csv", "tensorboard", "wandb")
