@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import graphlib
 import pickle
 import re
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -167,7 +170,7 @@ ALLOWED = {
     "build": {"capture", "config", "data", "detector", "files", "players", "randomness", "turns"},
     "cli": {"errors"},
     "figures": {"files", "metrics"},
-    "measure": {"config", "course", "data", "detector", "figures", "metrics"},
+    "measure": {"build", "config", "course", "data", "detector", "figures", "metrics"},
     "networks": {"errors"},
     "predict": {"datasets", "errors", "files"},
     "results": {"files"},
@@ -182,29 +185,82 @@ ALLOWED = {
 TORCHLESS = {"files", "datasets", "splits", "metrics", "figures", "config", "cli", "turns", "switches", "__init__"} | {
     *("results", "tables", "report", "status", "slurm", "sweep", "errors"),
 }
+# Imports inside functions: what takes seconds or is an extra comes with the first use, so that --help, a dry run and a
+# status report stay quick; and what looks at configurations only where there are any.
+LATE = {
+    "__init__": {"predict"},
+    "cli": {"config", "datasets", "files", "networks", "predict", "report", "sweep"}
+    | {"hydra", "numpy", "omegaconf", "torch", "tqdm"},
+    "datasets": {"PIL", "sklearn", "torchvision", "tqdm"},
+    "errors": {"hydra", "omegaconf"},
+    "figures": {"matplotlib"},
+    "adversarial_autoencoder": {"sklearn"},
+    "networks": {"torchvision"},
+    "predict": {"build", "data", "figures", "switches", "hydra", "omegaconf", "torch"},
+    "report": {"config", "figures", "run", "tracking", "hydra", "jinja2"},
+    "results": {"pandas"},
+    "slurm": {"config", "submitit"},
+    "sweep": {"run", "tracking", "lightning", "torch"},
+    "switches": {"torch"},
+    "tables": {"scipy"},
+    "tracking": {"PIL", "requests", "torch", "wandb", "wandb_workspaces"},
+    "turns": {"torch"},
+}
 PACKAGE = Path(config.__file__).parent
+SOURCES = sorted(PACKAGE.rglob("*.py"))
 
 
-def imported(path: Path) -> set[str]:
-    """Modules that ``path`` imports when it is loaded: not inside functions, not for type checkers alone."""
-    found: set[str] = set()
-    for node in ast.parse(path.read_text()).body:
+def imported(nodes: Iterable[ast.AST]) -> set[str]:
+    """What import statements among ``nodes`` name: modules of ours without the package's name, packages of others'."""
+    names: set[str] = set()
+    for node in nodes:
         if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names}
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            found |= {f"{node.module}.{alias.name}" for alias in node.names}
-    return found
+            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+    parts = [name.split(".") for name in names]
+    return {words[words[0] == "anomaly_lab"] for words in parts if words[0] not in sys.stdlib_module_names}
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: path.stem)
+def inside_functions(tree: ast.Module) -> set[str]:
+    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
+    return imported(inner for function in functions for inner in ast.walk(function))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
 def test_the_arrows_between_modules(path: Path) -> None:
-    modules = imported(path)
-    own = {name.split(".")[1] for name in modules if name.startswith("anomaly_lab.")}
-    allowed = {"detector", "networks", "turns"} if path.parent.name == "methods" else ALLOWED[path.stem]
-    assert own <= allowed
+    tree = ast.parse(path.read_text())
+    loaded, ours = imported(tree.body), {source.stem for source in SOURCES} | {"methods"}
+    allowed = {"detector", "networks"} if path.parent.name == "methods" else ALLOWED[path.stem]
+    assert loaded & ours <= allowed
+    assert inside_functions(tree) <= LATE.get(path.stem, set()), "an import inside a function that LATE does not name"
     if path.stem in TORCHLESS and path.parent == PACKAGE:
-        heavy = {"torch", "lightning", "torchmetrics", "torchvision", "wandb", "pandas", "matplotlib"}
-        assert not {name.split(".")[0] for name in modules} & heavy
+        assert not loaded & {"torch", "lightning", "torchmetrics", "torchvision", "wandb", "pandas", "matplotlib"}
+
+
+def test_no_module_is_reached_from_itself_whenever_it_imports() -> None:
+    """Neither when modules are loaded, nor through an import inside a function."""
+    trees = {path.stem: ast.parse(path.read_text()) for path in SOURCES if path.stem != "__init__"}
+    arrows = {name: (imported(tree.body) | inside_functions(tree)) & trees.keys() for name, tree in trees.items()}
+    assert list(graphlib.TopologicalSorter(arrows).static_order())
+
+
+def test_an_import_inside_a_function_is_seen() -> None:
+    tree = ast.parse(
+        "import json\ndef f():\n    class A:\n        def g(self):\n            from anomaly_lab.run import run"
+    )
+    assert inside_functions(tree) == {"run"} and imported(tree.body) == set()
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: path.stem)
+def test_rooms_have_walls(path: Path) -> None:
+    """No file grows past 750 lines, no class of the contract past 200, and nobody reaches through the trainer."""
+    text = path.read_text()
+    assert len(text.splitlines()) <= 750
+    assert not re.search(r"trainer\.(lightning_module|datamodule)|\.trainer\.model\b", text)
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.ClassDef) and node.name == "Detector":
+            assert node.end_lineno is not None and node.end_lineno - node.lineno < 200
 
 
 def test_jobs_composed_together_are_those_composed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
