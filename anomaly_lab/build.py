@@ -60,21 +60,27 @@ def make_data(job: Job) -> OneClassData:
 
 
 def make_detector(cfg: DictConfig, image_shape: Sequence[int]) -> Detector:
-    """The untrained detector of ``cfg`` for images of shape (C,S,S); same seed, same weights."""
+    """The untrained detector of ``cfg`` for images of shape (C,S,S), and how it learns; same seed, same weights."""
     config.refuse_missing_keys(cfg)
+    detector = make_networks(cfg, image_shape)
+    if detector.players():
+        config.refuse_missing_keys(cfg, learns=True)
+    optimizer, scheduler = (instantiate(cfg.model[key], _convert_="all") for key in ("optimizer", "scheduler"))
+    detector.learning = Learning(optimizer, scheduler, cfg.model.clip)
+    detector.plan(_stages(cfg))
+    return detector
+
+
+def make_networks(cfg: DictConfig, image_shape: Sequence[int]) -> Detector:
+    """The detector alone, as far as it is needed to score; calls nothing that ``cfg`` names but ``model.detector``."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream(cfg.seed, "weights"))
         detector = instantiate(cfg.model.detector, image_shape=tuple(image_shape), _convert_="all")
     if not isinstance(detector, Detector):
         raise ValueError(f"model={cfg.choices.model}: model.detector._target_ must name a subclass of Detector")
-    if detector.players():
-        config.refuse_missing_keys(cfg, learns=True)
-    optimizer, scheduler = (instantiate(cfg.model[key], _convert_="all") for key in ("optimizer", "scheduler"))
-    detector.learning = Learning(optimizer, scheduler, cfg.model.clip)
     detector.randomness.follow(cfg.seed)
     if cfg.trainer.channels_last:
         detector.to(memory_format=torch.channels_last)
-    detector.plan(_stages(cfg))
     return detector
 
 

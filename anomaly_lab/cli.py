@@ -203,13 +203,21 @@ def score(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="where pretrained weights lie, if not where they did"
     )
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module of your own that the run's method comes from: a run folder may have classes of anomaly_lab "
+        "called, and of such modules only",
+    )
     asked = parser.parse_args(argv)
 
     from anomaly_lab import predict
 
     try:
         files = predict.image_files(asked.images)
-        fitted = predict.load_run(asked.run, asked.device, asked.data_dir)
+        fitted = predict.load_run(asked.run, asked.device, asked.data_dir, asked.trust)
         predict.score_files(fitted, files, asked.out, asked.heat_maps)
     except (ValueError, OSError) as error:
         return _mistake(parser.prog, str(error))

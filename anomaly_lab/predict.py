@@ -151,16 +151,22 @@ class FittedDetector:
             yield self.prepare(pixels.to(self.device))
 
 
-def load_run(path: str | Path, device: str = "cpu", data_dir: str | Path | None = None) -> FittedDetector:
+def load_run(
+    path: str | Path, device: str = "cpu", data_dir: str | Path | None = None, trust: Sequence[str] = ()
+) -> FittedDetector:
     """The detector that the finished run in the folder ``path`` fitted.
+
+    The folder is data, whoever it came from: of all that its configuration names, only the detector is made, and only
+    by classes of this package and of modules in ``trust`` (docs/security.md).
 
     Args:
         data_dir: where pretrained weights from the run's ``data_dir`` lie now, if no longer there; their checksums
             are compared all the same.
+        trust: modules or packages of your own, such as ``my_methods``, whose classes may be called too.
 
     Raises:
-        ValueError: the folder holds no finished run, or a damaged one, there is no such device, or pretrained weights
-            are not where they were.
+        ValueError: the folder holds no finished run, or a damaged one, or names something that is not trusted; there is
+            no such device, or pretrained weights are not where they were.
     """
     folder = Path(path)
     if not (folder / "result.json").is_file():
@@ -175,18 +181,20 @@ def load_run(path: str | Path, device: str = "cpu", data_dir: str | Path | None 
     from hydra.errors import InstantiationException
     from omegaconf import DictConfig
 
-    from anomaly_lab.build import load_checkpoint, make_detector, make_prepare
+    from anomaly_lab.build import load_checkpoint, make_networks, make_prepare
+    from anomaly_lab.trust import refuse_untrusted
 
     where = _device(device)
     config = result["config"]
     if data_dir is not None:
         config = config | {"model": _moved(config["model"], Path(config["data_dir"]), Path(data_dir))}
+    refuse_untrusted(config["model"]["detector"], trust, str(folder / "result.json"))
     cfg = DictConfig(config)
     try:
-        detector = make_detector(cfg, result["image_shape"])
+        detector = make_networks(cfg, result["image_shape"])
     except InstantiationException as error:
         if not isinstance(error.__cause__, ValueError):
-            raise
+            raise ValueError(f"{folder / 'result.json'}: its detector cannot be made ({shortened(error)})") from error
         hint = " (where that was in the run's data_dir: name today's with data_dir or --data-dir)"
         raise ValueError(f"{error.__cause__}{hint * ('.path=' in str(error.__cause__))}") from error
     try:

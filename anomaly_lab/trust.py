@@ -1,0 +1,69 @@
+"""What a run folder may make this process call: its detector, and nothing else (docs/security.md).
+
+A configuration composed from yamls and a command line is its user's own program. One that lies in a run folder is data,
+whoever wrote it: Hydra would import and call whatever it names.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+OURS = "anomaly_lab"
+
+
+def refuse_untrusted(saved: Any, trust: Sequence[str], where: str) -> None:
+    """Check the ``model.detector`` that a run folder has, before anything is made of it.
+
+    Its class must be a `Detector` of this package or of a module in ``trust``. What it names for its arguments must be
+    a network of this package, or anything that a module in ``trust`` defines itself. No other module is imported.
+
+    Raises:
+        ValueError: it names something else; one line, which begins with ``where``.
+    """
+    from torch import nn  # seconds: who only asks for help must not wait for it
+
+    from anomaly_lab.detector import Detector
+
+    if not isinstance(saved, Mapping) or "_target_" not in saved:
+        raise ValueError(f"{where}: model.detector names no class: delete it and start the run again")
+    for key, target in _targets(saved, "model.detector"):
+        module, _, name = target.rpartition(".") if isinstance(target, str) else ("", "", "")
+        found: Any = None
+        if _within(module, (OURS, *trust)):
+            try:
+                found = getattr(importlib.import_module(module), name, None)
+            except ImportError as error:
+                raise ValueError(f"{where}: {key}={target} cannot be imported ({error})") from error
+        # What a module has merely imported itself (torch.load, os.system) is not its own.
+        own = callable(found) and _within(str(getattr(found, "__module__", "")), (OURS, *trust))
+        if key == "model.detector" or not _within(module, trust):
+            own = (
+                own
+                and isinstance(found, type)
+                and issubclass(found, Detector if key == "model.detector" else nn.Module)
+            )
+        if not own:
+            raise ValueError(
+                f"{where} names {key}={str(target)[:80]!r}, and what a run folder names is not called: only detectors "
+                "and networks of anomaly_lab are, and of modules that you trust (--trust MODULE, trust=[MODULE])"
+            )
+
+
+def _within(module: str, packages: Sequence[str]) -> bool:
+    return any(f"{module}.".startswith(f"{package}.") for package in packages)
+
+
+def _targets(section: Any, key: str) -> Iterator[tuple[str, Any]]:
+    """What a section and all below it name, outermost first. Interpolations count: they would be filled in later."""
+    if isinstance(section, Mapping):
+        if "_target_" in section:
+            yield key, section["_target_"]
+        for name, value in section.items():
+            yield from _targets(value, f"{key}.{name}") if name != "_target_" else ()
+    elif isinstance(section, list | tuple):
+        for number, value in enumerate(section):
+            yield from _targets(value, f"{key}.{number}")
+    elif isinstance(section, str) and "${" in section:
+        yield key, section
