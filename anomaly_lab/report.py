@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from anomaly_lab import results, status
 from anomaly_lab.files import write_whole
-from anomaly_lab.tables import MINIMUM_PAIRS, Cell, Comparison, Table, significance, table
+from anomaly_lab.tables import LEARNED, MINIMUM_PAIRS, Cell, Comparison, Table, significance, table
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -166,7 +166,7 @@ def _lines(shown: Table, oracle: bool) -> Iterator[_Line]:
 def _cell_text(cell: Cell) -> str:
     if cell.mean is None:
         return f"0/{cell.expected}" if cell.expected else ""
-    text = f"{cell.mean:.3f}" + (f" ± {cell.sd:.3f}" if cell.sd is not None else "")
+    text = f"{cell.mean:.3f}" + "†" * bool(cell.unlearned) + (f" ± {cell.sd:.3f}" if cell.sd is not None else "")
     if cell.flag:
         return f"{text} ({cell.flag})"
     return f"{text} ({cell.present}/{cell.expected})" if cell.present < cell.expected else text
@@ -189,6 +189,12 @@ def _caption(section: Section) -> str:
         text += " All the other classes are normal."
     if any(row.reduced and any(c.difference is not None for c in row.cells.values()) for row in shown.rows):
         text += " Methods named _small are a reduced size, the published figures beside them of the full size."
+    if any(cell.unlearned for row in shown.rows for cell in row.cells.values()):
+        text += (
+            f" †: no better than the mean image: reconstructions explain less than {LEARNED:.0%} of the variance of "
+            "held-out normals around it, or training left the parameters where they were; the AUROC is that of a "
+            "distance to one image."
+        )
     means = [row.cells["mean"] for row in shown.rows]
     if any(cell.flag for cell in means):
         text += " Brackets name a mean over fewer classes or runs than there should be"
@@ -216,8 +222,10 @@ def _tests(comparisons: Sequence[Comparison]) -> tuple[list[list[str]], int]:
     rows = []
     for c in comparisons:
         if c.p is not None and c.p_holm is not None:
-            pairs = f"{c.pairs} ({c.ties} ties)" if c.ties else str(c.pairs)
-            rows.append([c.first, c.second, pairs, _signed(c.difference), _p_text(c.p), _p_text(c.p_holm)])
+            classes = f"{c.classes} ({c.ties} ties)" if c.ties else str(c.classes)
+            rows.append(
+                [c.first, c.second, classes, str(c.seeds), _signed(c.difference), _p_text(c.p), _p_text(c.p_holm)]
+            )
     return rows, len(comparisons) - len(rows)
 
 
@@ -304,17 +312,20 @@ def _leaks(frame: pd.DataFrame) -> _Extra:
     )
 
 
-_TESTS_HEADER = ["method", "against", "pairs", "mean difference", "p", "p (Holm)"]
+_TESTS_HEADER = ["method", "against", "classes", "seeds", "mean difference", "p", "p (Holm)"]
 _TESTS_NOTE = (
-    "Wilcoxon signed-rank tests, two-sided, paired over (class, seed), "
-    "with Holm's correction over all the tests of this table."
+    "Wilcoxon signed-rank tests, two-sided, paired over classes, the seeds of each averaged first, "
+    "with Holm's correction over all the tests of this table. One seed carries no claim about a method."
 )
-_SUMMARY_NOTE = "Other metrics, each the mean over the runs; thresholds are from held-out normals alone."
+_SUMMARY_NOTE = (
+    "Other metrics, each the mean over the runs; an image is called anomalous by its method's own rule where the paper "
+    "has one (of training errors: autoencoder_beggel, aae, itsr), else by a threshold from held-out normals alone."
+)
 
 
 def _too_few(count: int) -> str:
     text = "1 comparison has" if count == 1 else f"{count} comparisons have"
-    return f"{text} too few pairs (fewer than {MINIMUM_PAIRS} that differ) for a test."
+    return f"{text} too few classes (fewer than {MINIMUM_PAIRS} that differ) for a test."
 
 
 def _p_text(p: float) -> str:
@@ -383,6 +394,7 @@ _LATEX = {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
     "±": r"$\pm$",
+    "†": r"$^\dagger$",
     "−": "$-$",
     "–": "--",
     "·": r"$\cdot$",

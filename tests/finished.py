@@ -56,6 +56,7 @@ class Runs:
         dirty: bool = False,
         oracle: float | None = None,
         metrics: Mapping[str, float] | None = None,
+        learned: Mapping[str, float | None] | None = None,
         more: Mapping[str, Any] | None = None,
         **who: Any,
     ) -> Path:
@@ -87,6 +88,7 @@ class Runs:
             "images_per_second": 812.345678,
             "epochs": 2,
             "history": [{"epoch": e, "val_score": 1.0, "oracle_auroc": oracle} for e in (1, 2)] if oracle else [],
+            "learned": learned or {},
             **(more or {}),
         }
         folder = self.root / folder_of(who)

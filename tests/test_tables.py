@@ -127,7 +127,7 @@ def test_holm_equals_the_example_by_hand() -> None:
     assert tables.holm([]) == []
 
 
-def test_significance_pairs_over_common_classes_and_seeds(runs: Runs) -> None:
+def test_significance_pairs_over_common_classes(runs: Runs) -> None:
     gains = [0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, -0.015]
     for c, gain in enumerate(gains):
         runs.add(0.8, c=c)
@@ -136,18 +136,40 @@ def test_significance_pairs_over_common_classes_and_seeds(runs: Runs) -> None:
     [found] = tables.significance(results.read(runs.root), "mnist", "official")
     # The one loss is the second smallest in size, so its rank sum is 2. Of the 2**8 choices of signs those
     # with a rank sum of at most 2 are {}, {1}, {2}: p = 2 * 3 / 256.
-    assert (found.first, found.second, found.pairs, found.ties) == (AE, SHARED, 8, 0)
+    assert (found.first, found.second, found.classes, found.ties, found.seeds) == (AE, SHARED, 8, 0, 1)
     assert found.difference == pytest.approx(-np.mean(gains))
     assert found.p == pytest.approx(6 / 256) and found.p_holm == found.p
 
 
-def test_too_few_pairs_give_no_p_value(runs: Runs) -> None:
+def test_too_few_classes_give_no_p_value(runs: Runs) -> None:
     for c in range(7):
         runs.add(0.9, c=c)
         runs.add(0.9 + (0.01 * c if c > 1 else 0), c=c, model=SHARED)
     [found] = tables.significance(results.read(runs.root), "mnist", "official")
-    assert (found.pairs, found.ties, found.p) == (7, 2, None)  # five differ
-    assert "1 comparison has too few pairs" in report.markdown(report.sections(results.read(runs.root)))
+    assert (found.classes, found.ties, found.p) == (7, 2, None)  # five differ
+    assert "1 comparison has too few classes" in report.markdown(report.sections(results.read(runs.root)))
+
+
+def test_seeds_are_averaged_before_classes_are_compared(runs: Runs) -> None:
+    for c in range(6):
+        for seed in range(3):
+            runs.add(0.8, c=c, seed=seed)
+            runs.add(0.8 + 0.01 * (c + 1) + 0.02 * (seed - 1), c=c, seed=seed, model=SHARED)
+    runs.add(0.1, c=0, seed=7)  # no partner
+    [found] = tables.significance(results.read(runs.root), "mnist", "official")
+    assert (found.classes, found.seeds, found.difference) == (6, 3, pytest.approx(-0.035))
+    assert found.p == pytest.approx(2 / 2**6)  # of six classes that all agree, not of 18 pairs
+
+
+def test_a_run_that_explains_no_more_than_the_mean_image_is_marked(runs: Runs) -> None:
+    runs.add(0.9, c=0, learned={"explained_variance": 0.02, "distinct_scores": 900, "parameter_change": 0.3})
+    runs.add(0.9, c=1, learned={"explained_variance": 0.8, "distinct_scores": 900, "parameter_change": 0.3})
+    runs.add(0.9, c=2, learned={"explained_variance": None, "distinct_scores": 900, "parameter_change": 1e-9})
+    runs.add(0.9, c=3)
+    cells = runs.table()[AE]
+    assert [cells[key].unlearned for key in (0, 1, 2, 3, "mean")] == [1, 0, 1, 0, 2]
+    page = report.markdown(report.sections(results.read(runs.root)))
+    assert "| 0.900† | 0.900 | 0.900† | 0.900 | 0.900†" in page and "no better than the mean image" in page
 
 
 def test_methods_are_not_compared_across_problems(runs: Runs) -> None:
