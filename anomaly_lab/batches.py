@@ -13,48 +13,31 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """Images ready for a network, where they stand in their data set, and of scored ones what they truly are."""
+    """Images ready for a network, their positions in the data set and, for test images, their truth."""
 
     x: Tensor  # float32 (B,C,H,W)
-    index: Tensor  # type: ignore[assignment]  # int64 (B,), -1 where nobody knows; hides tuple.index
+    index: Tensor  # type: ignore[assignment]  # int64 (B,), -1 where unknown; hides tuple.index
     truth: Tensor | None = None  # uint8 (B,): 0 normal, 1 anomalous; None in training, where no loss may read it
-
-
-class Steps(Protocol):
-    """Some steps of an epoch, one after another: what Lightning calls a batch, so that its own work is done once."""
-
-    @property
-    def positions(self) -> Sequence[Tensor]:
-        """Of each step, the places (B,) of its images among the training images."""
-        ...
 
 
 @runtime_checkable
 class TrainingImages(Protocol):
-    """The training images as a detector sees them. Iterating over them gives the `Steps` of the epoch that has begun.
+    """The training images as a detector sees them; `PlainLoader` makes the same of any loader.
 
-    `PlainLoader` makes the same of any loader.
+    Iterating gives the begun epoch's items, of one or more steps each: Lightning's work between items is done once.
     """
-
-    def promise(self, *, leaving_out: bool) -> None:
-        """Called before anything else: whether the method leaves images out by their positions.
-
-        Raises:
-            ValueError: these images have no positions.
-        """
-        ...
 
     def begin(self, epoch: int, allowed: Tensor | None, seconds_per_step: float | None) -> None:
         """Begin the epoch of that number, counted from 1.
 
         Args:
             allowed: positions (n,) of the images that take part in it; None for all.
-            seconds_per_step: of the last epoch, as far as anybody knows.
+            seconds_per_step: of the last epoch, if known.
         """
         ...
 
     def steps(self, item: Any) -> Sequence[Tensor]:
-        """Of each step in ``item``, of those that iterating gave, the places (B,) of its images."""
+        """The positions (B,) of the images of each step in ``item``."""
         ...
 
     def batch(self, positions: Tensor) -> Batch:
@@ -62,7 +45,7 @@ class TrainingImages(Protocol):
         ...
 
     def further(self) -> Iterator[Tensor]:
-        """Places (B,) of further batches of this epoch, without end, in other orders than the training order."""
+        """Positions (B,) of further batches of this epoch, endless, in other orders than the training order."""
         ...
 
     def everything(self) -> Batch:
@@ -87,20 +70,21 @@ def images_of(item: Any) -> Tensor:
 
 
 def plain_batch(images: Tensor) -> Batch:
-    """A batch of images (B,C,H,W) of which nothing else is known."""
+    """A batch of images (B,C,H,W) without positions or truth."""
     return Batch(images, torch.full((len(images),), -1, device=images.device))
 
 
 class PlainLoader:
-    """`TrainingImages` out of any loader of images (`images_of`); its own order, its own epochs.
+    """`TrainingImages` from any loader of images (`images_of`), in the loader's order.
 
-    A position is the image itself: such a loader names none, so no image can be left out, and ``index`` is -1.
+    The images themselves stand in for positions, so none can be left out, and ``index`` is -1.
+
+    Raises:
+        ValueError: the method leaves images out (``leaving_out``).
     """
 
-    def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
+    def __init__(self, loader: Iterable[Any], device: torch.device, *, leaving_out: bool) -> None:
         self._loader, self._device = loader, device
-
-    def promise(self, *, leaving_out: bool) -> None:
         if leaving_out:
             raise ValueError(
                 "this method leaves training images out by their position among all of them, which a plain loader "

@@ -155,9 +155,6 @@ class EpochImages:
         self._pixels, self._batch_size, self._seed, self._epoch_steps = images.pixels, batch_size, seed, epoch_steps
         self.begin(1, None, None)
 
-    def promise(self, *, leaving_out: bool) -> None:
-        """Any image can be left out."""
-
     def begin(self, epoch: int, allowed: Tensor | None, seconds_per_step: float | None) -> None:
         self._epoch = epoch
         self._allowed = torch.arange(len(self._pixels)) if allowed is None else allowed.cpu()

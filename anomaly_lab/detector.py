@@ -154,8 +154,7 @@ class Detector(Contract, LightningModule):
         """Training steps done, a plain number: reading it does not synchronise with the device."""
         self.replay: Callable[[Detector, Tensor, Iterator[Tensor]], None] | None = None
         """Does what `play` does without computing it anew (`anomaly_lab.capture`); None plays every step."""
-        self.learning = Learning()
-        """How the players learn."""
+        self.learning = Learning()  # optimisers, schedules, clip
         self._players, self._moved = dict[str, Player](), set[str]()
         self._begun = self._finished = False  # whether before_fit, after_fit have been called
         self._images: TrainingImages | None = None
@@ -221,8 +220,9 @@ class Detector(Contract, LightningModule):
         self._players = {name: Player(parameters_of(networks), optimizer) for (name, networks), optimizer in named}
         self.trainer.fit_loop.setup_data()  # Lightning's own, which would come after this hook
         loader: Any = self.trainer.train_dataloader
-        self._images = loader if isinstance(loader, TrainingImages) else PlainLoader(loader, self.device)
-        self._images.promise(leaving_out=self.has("train_indices"))
+        if not isinstance(loader, TrainingImages):
+            loader = PlainLoader(loader, self.device, leaving_out=self.has("train_indices"))
+        self._images = loader
         if not self._begun and self.has("before_fit"):
             with looking(self):
                 self.before_fit(self._images.everything().x)
