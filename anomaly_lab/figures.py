@@ -1,11 +1,8 @@
 """Every figure, for one run and for many.
 
-All functions return a `matplotlib.figure.Figure` made without pyplot: there is no global state, so they may
-be called from several threads and never open a window. `save` writes one to a PNG.
-
-Colours are those of Okabe and Ito ("Color Universal Design", 2008), which stay apart for colour-blind
-readers; normal is blue and anomalous is vermilion everywhere. Scores follow the project's one convention:
-higher is more anomalous.
+All functions return a `matplotlib.figure.Figure` made without pyplot, so they may be called from several threads and
+never open a window. Colours are Okabe and Ito's ("Color Universal Design", 2008), distinct for colour-blind readers;
+normal is blue and anomalous is vermilion everywhere.
 """
 
 from __future__ import annotations
@@ -34,12 +31,8 @@ _MISSING = "#E8EAED"
 
 
 def save(figure: Figure, path: str | Path, *, dpi: int = 130) -> Path:
-    """Write a PNG beside its place and rename it, so that a reader never meets half a file.
-
-    Same figure, same bytes.
-    """
-    # Without the version of matplotlib in the header the bytes depend on the picture alone.
-    plain = {"Software": None}
+    """Write a PNG whole or not at all; same figure, same bytes."""
+    plain = {"Software": None}  # matplotlib's version in the header would change the bytes
     write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi, facecolor="white", metadata=plain))
     return Path(path)
 
@@ -48,14 +41,9 @@ def save(figure: Figure, path: str | Path, *, dpi: int = 130) -> Path:
 
 
 def roc(score: np.ndarray, truth: np.ndarray, interval: tuple[float, float] | None = None, title: str = "") -> Figure:
-    """ROC curve of raw scores (N,) against truth (N,), 1 anomalous;
-
-    `interval` is the AUROC's, shown in the legend.
-    """
-    score, truth = _scores(score, truth)
+    """ROC curve of raw scores (N,) against truth (N,), 1 anomalous; `interval` is the AUROC's, for the legend."""
     fpr, tpr = metrics.roc_curve(score, truth)
-    area = metrics.auroc(score, truth)
-    label = f"AUROC {area:.3f}"
+    label = f"AUROC {metrics.auroc(score, truth):.3f}"
     if interval is not None:
         label += f" [{interval[0]:.3f}, {interval[1]:.3f}]"
     figure, axes = _figure(4.6, 4.4)
@@ -75,7 +63,7 @@ def score_histogram(score: np.ndarray, truth: np.ndarray, threshold: float | Non
     Counts are logarithmic when one kind would otherwise vanish beside the other. Scores far outside the
     central 99 % are put in the outermost bin, and a line under the figure says how many.
     """
-    score, truth = _scores(score, truth)
+    score = np.asarray(score, dtype=float)
     low, high, notice = _range(score, threshold)
     edges = np.linspace(low, high, int(np.clip(2 * np.sqrt(len(score)), 12, 50)) + 1).tolist()
     shown = np.clip(score, low, high)
@@ -108,51 +96,42 @@ def score_histogram(score: np.ndarray, truth: np.ndarray, threshold: float | Non
 def training_curves(history: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
     """Curves of one training: every `loss_*`, `val_score`, and `oracle_auroc` where it was recorded.
 
-    `history` holds a dict an epoch with the key `epoch`; an entry may lack keys (stages of a training
-    differ). The oracle has a panel of its own, named for what it is.
+    `history` holds a dict an epoch with the key `epoch`; an entry may lack keys (stages of a training differ).
     """
     keys = list(dict.fromkeys(key for entry in history for key in entry))
-    losses = [key for key in keys if key.startswith("loss_")]
-    panels = [("losses", losses)] if losses else []
-    panels += [("val_score", ["val_score"])] if "val_score" in keys else []
-    panels += [("oracle", ["oracle_auroc"])] if "oracle_auroc" in keys else []
+    drawn = {
+        "losses": [key for key in keys if key.startswith("loss_")],
+        "val_score: mean score of held-out normals": [key for key in keys if key == "val_score"],
+        "oracle (looks at test labels)": [key for key in keys if key == "oracle_auroc"],
+    }
+    panels = [(heading, names) for heading, names in drawn.items() if names]
     figure, first = _figure(4.3 * max(1, len(panels)), 3.5)
     if not panels:
         first.set_axis_off()
         first.text(0.5, 0.5, "nothing was recorded while training", ha="center", va="center", color=NEUTRAL)
         return figure
     figure.clear()
-    for column, (name, names) in enumerate(panels):
+    first_epoch, last_epoch = (bound([entry["epoch"] for entry in history]) for bound in (min, max))
+    for column, (heading, names) in enumerate(panels):
         axes = figure.add_subplot(1, len(panels), column + 1)
         _clean(axes)
-        drawn: list[np.ndarray] = []
+        finite: list[float] = []
         for number, key in enumerate(names):
             points = [(entry["epoch"], entry[key]) for entry in history if entry.get(key) is not None]
             epoch, value = np.array(points, dtype=float).reshape(-1, 2).T
-            drawn.append(value[np.isfinite(value)])
-            colour = {"val_score": NORMAL, "oracle": ANOMALOUS}.get(name, PALETTE[number % len(PALETTE)])
-            axes.plot(
-                epoch,
-                value,
-                color=colour,
-                linewidth=1.6,
-                marker=MARKERS[number % len(MARKERS)] if len(epoch) <= 30 else None,
-                markersize=4,
-                label=key.removeprefix("loss_"),
-            )
-        values = np.concatenate(drawn)
-        if name != "oracle" and len(values) and values.min() > 0 and values.max() > 30 * values.min():
-            axes.set_yscale("log")
-        if name == "losses":
-            axes.legend(frameon=False, fontsize=8, ncols=1 if len(names) < 5 else 2)
-            _title(axes, "losses", 40)
-        elif name == "val_score":
-            _title(axes, "val_score: mean score of held-out normals", 46)
-        else:
-            _title(axes, "oracle (looks at test labels)", 46)
+            finite += value[np.isfinite(value)].tolist()
+            colour = ANOMALOUS if key == "oracle_auroc" else PALETTE[number % len(PALETTE)]
+            marker = MARKERS[number % len(MARKERS)] if len(epoch) <= 30 else None
+            style: dict[str, Any] = {"color": colour, "linewidth": 1.6, "marker": marker, "markersize": 4}
+            axes.plot(epoch, value, label=key.removeprefix("loss_"), **style)
+        if names == ["oracle_auroc"]:
             axes.set_ylabel("AUROC on the test set")
+        elif finite and min(finite) > 0 and max(finite) > 30 * min(finite):
+            axes.set_yscale("log")
+        if heading == "losses":
+            axes.legend(frameon=False, fontsize=8, ncols=1 if len(names) < 5 else 2)
+        _title(axes, heading, 46)
         axes.set_xlabel("epoch")
-        first_epoch, last_epoch = (bound([entry["epoch"] for entry in history]) for bound in (min, max))
         if last_epoch - first_epoch < 6:
             axes.set_xticks(range(first_epoch, last_epoch + 1))
         axes.set_xlim(first_epoch - 0.04 * (last_epoch - first_epoch) - 0.2, last_epoch + 0.2)
@@ -172,36 +151,25 @@ def reconstruction_grid(
 
     Args:
         images: (B,C,H,W) float in [0,1], grey or RGB.
-        reconstructions: same shape, or None for a method that does not reconstruct (its row is left out).
-        maps: (B,H,W) or (B,1,H,W) anomaly maps on any scale; None takes the mean over the channels of |input
-            - reconstruction|. All columns share one colour scale, so that they can be compared.
-        scores: (B,), written above every column.
+        reconstructions: same shape, or None for a method that does not reconstruct.
+        maps: (B,H,W), or None for a method without anomaly maps. All columns share one colour scale.
+        scores: (B,), written above the columns.
         captions: (B,); neighbours with the same caption form a group with one heading.
     """
-    images = np.asarray(images, dtype=float)
     count = len(images)
-    if not count == len(scores) == len(captions):
-        raise ValueError(
-            f"a grid of {count} images needs as many scores ({len(scores)}) and captions ({len(captions)})"
-        )
-    rows: list[tuple[str, np.ndarray]] = [("input", images)]
+    assert count == len(scores) == len(captions)
+    rows = [("input", images)]
     if reconstructions is not None:
-        reconstructions = np.asarray(reconstructions, dtype=float)
         rows.append(("reconstruction", reconstructions))
-        if maps is None:
-            maps = np.abs(images - reconstructions).mean(1)
     if maps is not None:
-        maps = np.asarray(maps, dtype=float).reshape(count, *np.shape(maps)[-2:])
         rows.append(("error" if reconstructions is not None else "anomaly map", maps))
     top = float(np.quantile(maps, 0.999)) or 1.0 if maps is not None else 1.0
     groups = [0] + [i for i in range(1, count) if captions[i] != captions[i - 1]]
     gap = [0.35 * sum(start <= column for start in groups[1:]) for column in range(count)]
-    # Placed by hand in inches: a grid of many small squares is what layout engines are slow and uneven at.
+    # Placed by hand, in inches: layout engines are slow and uneven with many small squares.
     cell, left, foot = 0.82, 1.12, 0.08
     spans = [end - start for start, end in zip(groups, [*groups[1:], count], strict=True)]
-    headings = [
-        _wrap(captions[start], max(10, int(cell * span * 13))) for start, span in zip(groups, spans, strict=True)
-    ]
+    headings = [_wrap(captions[i], max(10, int(cell * span * 13))) for i, span in zip(groups, spans, strict=True)]
     head = 0.36 + 0.15 * max(text.count("\n") + 1 for text in headings)
     width, height = left + cell * (count + gap[-1]) + 0.08, head + cell * len(rows) + foot
     figure, first = _figure(width, height, layout=None)
@@ -226,12 +194,7 @@ def reconstruction_grid(
 
 
 def heat_map_overlay(image: np.ndarray, anomaly_map: np.ndarray, title: str = "") -> Figure:
-    """The image (C,H,W) in [0,1] beside itself with the anomaly map (H,W) laid over it;
-
-    strong means anomalous.
-    """
-    image = np.asarray(image, dtype=float)
-    anomaly_map = np.asarray(anomaly_map, dtype=float).reshape(np.shape(anomaly_map)[-2:])
+    """The image (C,H,W) in [0,1], beside itself with the anomaly map (H,W) laid over it; strong means anomalous."""
     figure, first = _figure(6.4, 3.1)
     first.remove()
     high = float(np.quantile(anomaly_map, 0.995))
@@ -267,9 +230,8 @@ def heat_map_overlay(image: np.ndarray, anomaly_map: np.ndarray, title: str = ""
 def class_heat_map(frame: pd.DataFrame, title: str = "") -> Figure:
     """Methods by classes: the mean AUROC over seeds, and in a column of its own the mean over classes.
 
-    `frame` has one row a run with the columns label, normal_class, class_name and auroc. Rows keep the
-    frame's order. A class that a method lacks stays grey, and the mean of such a row is left out: it would be
-    over other classes.
+    `frame` has one row a run with the columns label, normal_class, class_name and auroc. A class that a method lacks
+    stays grey, and so does the mean of its row, which would be over other classes.
     """
     labels = list(dict.fromkeys(frame["label"]))
     classes = dict(
@@ -293,20 +255,9 @@ def class_heat_map(frame: pd.DataFrame, title: str = "") -> Figure:
 
     colours = colormaps["cividis"].with_extremes(bad=_MISSING)
     rows = np.arange(len(labels) + 1)
-    for columns, block in (
-        (np.arange(len(classes) + 1), table[:, :-1]),
-        (lefts[-1] + np.arange(2), table[:, -1:]),
-    ):
-        mesh = axes.pcolormesh(
-            columns,
-            rows,
-            np.ma.masked_invalid(block),
-            cmap=colours,
-            vmin=low,
-            vmax=1.0,
-            edgecolors="white",
-            linewidth=1.2,
-        )
+    style: dict[str, Any] = {"cmap": colours, "vmin": low, "vmax": 1.0, "edgecolors": "white", "linewidth": 1.2}
+    axes.pcolormesh(np.arange(len(classes) + 1), rows, np.ma.masked_invalid(table[:, :-1]), **style)
+    mesh = axes.pcolormesh(lefts[-1] + np.arange(2), rows, np.ma.masked_invalid(table[:, -1:]), **style)
     for (row, column), value in np.ndenumerate(table):
         if not np.isfinite(value):
             text, colour = "–", NEUTRAL
@@ -342,16 +293,14 @@ def class_heat_map(frame: pd.DataFrame, title: str = "") -> Figure:
 def box_plot(frame: pd.DataFrame, title: str = "") -> Figure:
     """AUROC of every method over classes and seeds: box of the quartiles, a point a run, white dot the mean.
 
-    `frame` has one row a run with the columns label and auroc; the order of the methods is the frame's.
+    `frame` has one row a run with the columns label and auroc.
     """
     labels = list(dict.fromkeys(frame["label"]))
     values = [frame.loc[frame["label"] == label, "auroc"].to_numpy(float) for label in labels]
     wrapped = [_wrap(label, 34) for label in labels]
     lines_in_labels = sum(text.count("\n") + 1 for text in wrapped)
     figure, axes = _figure(6.6, 1.1 + max(0.46 * len(labels), 0.2 * lines_in_labels) + (0.25 if title else 0))
-    positions = np.arange(len(labels))
-    # By hand: the keyword that lays `boxplot` on its side is not the same one in all supported versions of
-    # matplotlib.
+    # By hand: the keyword that lays `boxplot` on its side differs between supported versions of matplotlib.
     for number, points in enumerate(values):
         colour = PALETTE[number % len(PALETTE)]
         low, first, median, third, high = np.quantile(points, [0, 0.25, 0.5, 0.75, 1])
@@ -359,23 +308,12 @@ def box_plot(frame: pd.DataFrame, title: str = "") -> Figure:
         axes.barh(number, third - first, 0.56, left=first, color="white", zorder=1.5)
         axes.barh(number, third - first, 0.56, left=first, color=colour, alpha=0.28, linewidth=0, zorder=2)
         axes.plot([median, median], [number - 0.28, number + 0.28], color="black", linewidth=1.4, zorder=2.5)
-    for number, points in enumerate(values):
-        # Spread by rank, not by chance: the same results give the same picture.
-        offset = 0.2 * (np.arange(len(points)) * 0.618 % 1 - 0.5)
-        colour = PALETTE[number % len(PALETTE)]
+        offset = 0.2 * (np.arange(len(points)) * 0.618 % 1 - 0.5)  # by rank: same results, same picture
         axes.plot(points, number + offset, "o", color=colour, markersize=3.6, alpha=0.75, markeredgewidth=0)
         axes.plot(points.mean(), number, "o", color="white", markersize=6, markeredgecolor="black", zorder=4)
-        axes.annotate(
-            f"n={len(points)}",
-            (1, number),
-            xycoords=("axes fraction", "data"),
-            xytext=(5, 0),
-            textcoords="offset points",
-            fontsize=7.5,
-            color=NEUTRAL,
-            va="center",
-        )
-    axes.set_yticks(positions, wrapped, fontsize=8.5)
+        corner = ((1, number), (5, 0), ("axes fraction", "data"), "offset points")
+        axes.annotate(f"n={len(points)}", *corner, fontsize=7.5, color=NEUTRAL, va="center")
+    axes.set_yticks(range(len(labels)), wrapped, fontsize=8.5)
     axes.set_ylim(len(labels) - 0.45, -0.55)
     axes.grid(axis="y", visible=False)
     lowest, highest = min(part.min() for part in values), max(part.max() for part in values)
@@ -391,10 +329,9 @@ def box_plot(frame: pd.DataFrame, title: str = "") -> Figure:
 def lines(frame: pd.DataFrame, x: str, y: str, group: str, title: str = "", *, xlabel: str | None = None) -> Figure:
     """`y` against the numeric parameter `x`, a line for every value of `group`, in a band of ± one sd.
 
-    `frame` has one row a run with the columns x, y, group, normal_class and seed. A point is the mean over
-    classes, then over seeds; the band is over seeds where there are several, else over classes (the axis says
-    which). Only classes that a group has at every x are used, so that a line never moves because its classes
-    change.
+    `frame` has one row a run with the columns x, y, group, normal_class and seed. A point is the mean over classes,
+    then over seeds; the band is over seeds where there are several, else over classes (the axis says which). Classes
+    that a group lacks at some x are left out, so that a line moves for no other reason than x.
     """
     frame = frame.dropna(subset=[x, y])
     groups = list(dict.fromkeys(frame[group]))
@@ -405,28 +342,20 @@ def lines(frame: pd.DataFrame, x: str, y: str, group: str, title: str = "", *, x
     figure, axes = _figure(8.6 if outside else 5.8, max(3.9, 0.31 * len(groups)))
     for number, name in enumerate(groups):
         part = frame[frame[group] == name]
-        at = part.groupby("normal_class")[x].nunique()
-        everywhere = at.index[at == part[x].nunique()]
+        values = part.groupby("normal_class")[x].nunique()
+        everywhere = values.index[values == part[x].nunique()]
         part = part[part["normal_class"].isin(everywhere)] if len(everywhere) else part
         classes.add(part["normal_class"].nunique())
         per = part.groupby([x, "seed" if over_seeds else "normal_class"])[y].mean().groupby(level=0)
         mean, sd = per.mean(), per.std(ddof=1)
         colour = PALETTE[number % len(PALETTE)]
-        axes.plot(
-            mean.index.astype(float),
-            mean.to_numpy(),
-            color=colour,
-            linestyle="-" if number < len(PALETTE) else (0, (4, 2)),
-            marker=MARKERS[number % len(MARKERS)] if len(mean) <= 30 else None,
-            markersize=4.5,
-            linewidth=1.7,
-            label=_wrap(str(name), 40),
-        )
+        at, dash = mean.index.astype(float), "-" if number < len(PALETTE) else (0, (4, 2))
+        marker = MARKERS[number % len(MARKERS)] if len(mean) <= 30 else None
+        style: dict[str, Any] = {"marker": marker, "markersize": 4.5, "linewidth": 1.7, "linestyle": dash}
+        axes.plot(at, mean.to_numpy(), color=colour, label=_wrap(str(name), 40), **style)
         if sd.notna().any():
             spread = sd.fillna(0).to_numpy()
-            axes.fill_between(
-                mean.index.astype(float), mean - spread, mean + spread, color=colour, alpha=0.14, linewidth=0
-            )
+            axes.fill_between(at, mean - spread, mean + spread, color=colour, alpha=0.14, linewidth=0)
     if len(ticks) and ticks.min() > 0 and ticks.max() >= 8 * ticks.min() and not _evenly(ticks):
         axes.set_xscale("log")
     if 1 < len(ticks) <= 12:
@@ -487,18 +416,8 @@ def _picture(axes: Axes, image: np.ndarray) -> None:
         axes.imshow(image.transpose(1, 2, 0), interpolation="nearest")
 
 
-def _scores(score: np.ndarray, truth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    score, truth = np.asarray(score, dtype=float), np.asarray(truth)
-    if score.shape != truth.shape or score.ndim != 1:
-        raise ValueError(f"scores {score.shape} and truth {truth.shape} must be two vectors of the same length")
-    return score, truth
-
-
 def _range(score: np.ndarray, threshold: float | None) -> tuple[float, float, str]:
-    """Range of a histogram and the notice about what lies outside:
-
-    far means beyond the central 99 % by its width.
-    """
+    """Range of a histogram, and a notice of the scores beyond the central 99 % by more than its width."""
     low, high = float(score.min()), float(score.max())
     inner_low, inner_high = np.quantile(score, [0.005, 0.995])
     width = inner_high - inner_low
@@ -522,7 +441,6 @@ def _title(axes: Axes, text: str, width: int) -> None:
 
 
 def _wrap(text: str, width: int) -> str:
-    # Dotted keys have no blanks to break at, so long words are broken by force.
     return "\n".join(textwrap.wrap(text, width)) or text
 
 
