@@ -34,7 +34,7 @@ class Probe(Detector):
         mine = here / f"{os.getpid()}-{seen['gpu']}.part"
         mine.write_text(json.dumps(seen))
         mine.rename(mine.with_suffix(".json"))
-        end = time.monotonic() + 300
+        end = time.monotonic() + 1200
         while len(list(here.glob("*.json"))) < wanted and not (here / "go on").exists():
             assert time.monotonic() < end, "the others did not come"
             time.sleep(0.1)
@@ -150,7 +150,7 @@ def environment(data: Path, of: Mapping[str, str] = os.environ) -> dict[str, str
     return {name: value for name, value in of.items() if name not in hidden} | {"ANOMALY_LAB_DATA": str(data)}
 
 
-def until(condition: Callable[[], object], what: Callable[[], object] = str, seconds: float = 180) -> None:
+def until(condition: Callable[[], object], what: Callable[[], object] = str, seconds: float = 500) -> None:
     """Wait for ``condition``; an error with ``what()`` where it does not come true in time."""
     end = time.monotonic() + seconds
     while not condition():

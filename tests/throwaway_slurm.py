@@ -2,7 +2,7 @@
 
 Two CPUs, two pretend GPUs, and two partitions: jobs in ``high`` take the node away from those in ``main``, which are
 told before and put back into the queue. No accounting, as on many small clusters: no ``sacct``. Timeouts are long: the
-machine may be busy, and no test waits for one.
+machine may be busy, and no test waits for one. Several clusters may live at once: no two have a job of the same number.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 from laboratory import until
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "srun", "scontrol", "squeue", "scancel", "ps", "pgrep")
 
 PATH = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/sbin"])  # where the daemons are, for anybody
 
@@ -32,7 +32,7 @@ SlurmctldHost={host}(127.0.0.1)
 SlurmUser={user}
 SlurmdUser={user}
 AuthType=auth/munge
-AuthInfo=socket={folder}/munge.socket
+AuthInfo=socket={folder}/munge.socket,cred_expire=1800
 CredType=cred/munge
 SlurmctldPort={controller_port}
 SlurmdPort={node_port}
@@ -59,6 +59,7 @@ SwitchType=switch/none
 ReturnToService=2
 KillWait=30
 MinJobAge=3600
+FirstJobId={controller_port}000
 MessageTimeout=30
 BatchStartTimeout=180
 UnkillableStepTimeout=180
@@ -90,20 +91,13 @@ class Cluster(NamedTuple):
         return dict(word.split("=", 1) for word in words if "=" in word)
 
     def start_until(self, number: str, condition: Callable[[], object]) -> None:
-        """Start a job that was put back, which by itself waits two minutes, and wait for ``condition``.
-
-        A node that has not forgotten the job since it was lost refuses it and is drained, and the job waits again.
-        """
-        until(lambda: self.left(number), self.logs)  # else its run is still locked
-        time.sleep(5)  # slurmd forgets a job some moments after its last process, and cannot be asked when
-
-        def fulfilled() -> object:
-            self.back_in_service()
-            if self.job(number).get("Reason") == "BeginTime":
-                _said(self, "scontrol", "update", f"JobId={number}", "StartTime=now")  # an error if it has just started
-            return condition()
-
-        until(fulfilled, self.logs)
+        """Start a job that was put back, which by itself waits half an hour (``cred_expire``), until ``condition``."""
+        # Until the node's last word about the job, it is COMPLETING; a start in that second would carry a credential
+        # that the node has revoked, since it compares whole seconds.
+        until(lambda: self.job(number)["JobState"] == "PENDING" and not self._steps(number), self.logs)
+        time.sleep(2)
+        self("scontrol", "update", f"JobId={number}", "StartTime=now")
+        until(condition, self.logs)
 
     def bring_limit_near(self, number: str) -> None:
         """Let a running job reach its time limit two to three minutes from now.
@@ -120,21 +114,35 @@ class Cluster(NamedTuple):
         return self("sbatch", "--parsable", *options, f"--wrap={' '.join(command)}").strip()
 
     def clear(self) -> None:
-        """End every job, wait for it, and take the node back into service whatever has become of it."""
+        """End every job and wait until the node takes the next."""
         self("scancel", "--user", getpass.getuser())
         until(lambda: not self("squeue", "--noheader"), self.logs)
-        self.back_in_service()
         until(lambda: "idle" in self("sinfo", "--noheader", "--format=%t"), self.logs)
 
-    def back_in_service(self) -> None:
-        """What an administrator does with a node that Slurm has drained: a job that came back too soon is enough."""
-        state = self("sinfo", "--noheader", "--format=%T").lower()
-        if "drain" in state or "down" in state:
-            self("scontrol", "update", f"NodeName={self.host}", "State=resume")
+    def lose_node(self, number: str) -> None:
+        """The node loses its power while a job is running there: its daemon and the job's processes die at once.
 
-    def left(self, number: str) -> bool:
-        """Whether the node is rid of every process of a job, so that it may start there again."""
-        return subprocess.run(["pgrep", "-f", rf"slurmstepd: \[{number}\."], capture_output=True).returncode == 1
+        The controller would notice after its ``SlurmdTimeout``; here somebody tells it.
+        """
+        parents = dict(map(int, line.split()) for line in self("ps", "-eo", "pid=,ppid=").splitlines())
+        dying = self._steps(number)
+        for pid in dying:  # grows
+            dying += [child for child, parent in parents.items() if parent == pid]
+        assert len(dying) > 1, "a step without a process"
+        for pid in [int((self.folder / "slurmd.pid").read_text()), *dying]:
+            with contextlib.suppress(ProcessLookupError):  # of those that saw the others die
+                os.kill(pid, signal.SIGKILL)
+        self("scontrol", "update", f"NodeName={self.host}", "State=down", "Reason=power")
+
+    def start_node(self) -> None:
+        """The node's daemon, for the first time or after `lose_node`, until it takes jobs."""
+        self("slurmd")
+        # The first moments the controller does not answer.
+        until(lambda: "idle" in _said(self, "sinfo", "--noheader", "--format=%T"), self.logs)
+
+    def _steps(self, number: str) -> list[int]:
+        """The processes by which the node runs a job's steps; none once it is rid of the job."""
+        return [int(pid) for pid in _said(self, "pgrep", "-f", rf"^slurmstepd: \[{number}\.").split()]
 
     def logs(self) -> str:
         tails = [f"{log.name}:\n" + log.read_text()[-1500:] for log in self.folder.glob("slurm*.log")]
@@ -180,9 +188,7 @@ def started(folder: Path, *, user_signal: bool = True) -> Iterator[Cluster]:
     try:
         cluster("munged", "--force", *munge)
         cluster("slurmctld", "-c")
-        cluster("slurmd")
-        # The first moments it does not answer.
-        until(lambda: "idle" in _said(cluster, "sinfo", "--noheader", "--format=%T"), cluster.logs)
+        cluster.start_node()
         yield cluster
     finally:
         subprocess.run(["scancel", "--user", getpass.getuser()], env=cluster.environment, capture_output=True)
