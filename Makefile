@@ -1,8 +1,12 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
+# Two processes share the tests (make test WORKERS=8: eight); each takes about 1 GB and its share of the cores.
+WORKERS ?= 2
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+
 .DEFAULT_GOAL := help
-.PHONY: help install demo test soak bench bench-gpu lint format clean
+.PHONY: help install demo test test-slow test-all soak bench bench-gpu lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -20,8 +24,15 @@ demo: install ## train the default run on the embedded digits, then show the tab
 	$(BIN)/anomaly-lab
 	$(BIN)/anomaly-lab-report runs
 
-test: install ## run the tests; real data in ANOMALY_LAB_DATA and a GPU are used where they are there
-	$(BIN)/python -m pytest
+test: install ## run the tests but the slow ones; real data in ANOMALY_LAB_DATA and a GPU are used where they are there
+	$(PYTEST) -m 'not slow'
+
+# Marked slow: a real Slurm, processes that are killed, signals to real processes, launchers with worker processes,
+# the wheel in an environment of its own, benchmarks, methods trained on real data until they detect.
+test-slow: install ## run the tests that `make test` leaves out
+	$(PYTEST) -m slow
+
+test-all: test test-slow ## run every test, each once
 
 soak: install ## kill sweeps 60 times and compare what they end with: docs/soak.md (a quarter of an hour)
 	$(BIN)/python tests/soak.py --kills 60 --commands 6 --out docs/soak.json --page docs/soak.md

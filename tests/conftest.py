@@ -1,18 +1,24 @@
 """What all tests share: the real data's folder, the command in this process, hypothesis without deadlines (the machines
-are slow and noisy)."""
+are slow and noisy), and what lets tests be dealt out to several workers in any order (``pytest -n 2``)."""
 
 from __future__ import annotations
 
 import logging
 import os
+import random
 import shlex
 import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+if "PYTEST_XDIST_WORKER_COUNT" in os.environ:  # read when torch is imported: workers share the cores
+    _workers = int(os.environ["PYTEST_XDIST_WORKER_COUNT"])
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // _workers)))
+
 import hypothesis
+import numpy as np
 import pytest
 import torch
 from finished import Runs
@@ -32,12 +38,40 @@ def process_state() -> dict[str, object]:
     return {"torch": switches.current(), "threads": torch.get_num_threads(), **variables}
 
 
+SET_BY_OTHERS = ("PYTEST_", "TORCHINDUCTOR_", "KMP_")
+"""How environment variables begin that pytest sets for each test, and torch and scikit-learn on their first use."""
+
+
+def surroundings() -> dict[str, object]:
+    """What else tests could hand on to each other within a process."""
+    root = logging.getLogger()
+    return {
+        "working directory": os.getcwd(),
+        "import path": list(sys.path),
+        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)],
+        "logging": (root.level, root.handlers[:]),
+        "gradients": (torch.is_grad_enabled(), torch.get_default_dtype()),
+        **{f"${name}": value for name, value in os.environ.items() if not name.startswith(SET_BY_OTHERS)},
+    }
+
+
 @pytest.fixture(autouse=True)
-def _the_process_is_left_as_found() -> Iterator[None]:
-    """What one test leaves switched on, another would measure."""
-    before = process_state()
+def _no_test_meets_another() -> Iterator[None]:
+    """Each starts with the same random state, and leaves its process as it was: which tests came before is chance."""
+    random.seed(0)
+    np.random.seed(0)
+    torch.manual_seed(0)
+    before = process_state() | surroundings()
     yield
-    assert process_state() == before
+    after = process_state() | surroundings()
+    changed = {name for name in before | after if before.get(name) != after.get(name)}
+    assert {name: (before.get(name), after.get(name)) for name in changed} == {}
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        if " object at 0x" in item.nodeid:
+            raise pytest.UsageError(f"{item.nodeid} has another name in every process: give parametrize its ids=")
 
 
 @pytest.fixture(scope="session")

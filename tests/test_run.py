@@ -367,7 +367,9 @@ def test_a_run_names_all_code_that_trained_it(tmp_path: Path, monkeypatch: pytes
 
 
 @pytest.mark.parametrize(
-    "stop", [Stop(3), Stop(9), Stop(14), StopLater("on_train_end"), StopLater("on_test_batch_end")], ids=str
+    "stop",
+    [Stop(3), Stop(9), Stop(14), StopLater("on_train_end"), StopLater("on_test_batch_end")],
+    ids=["step 3", "step 9", "step 14", "train end", "test batch"],
 )
 def test_a_method_with_everything_resumes_to_the_same_bits(toy: Path, stop: Callback) -> None:
     straight, broken = toy_run(toy, "straight"), toy_run(toy, "broken")
