@@ -96,7 +96,9 @@ def _stages(cfg: DictConfig) -> dict[str, int]:
 
 
 def _epochs(cfg: DictConfig, data: OneClassData) -> int:
-    """The budget in whole epochs; a budget of steps is rounded up."""
+    """The budget in whole epochs; a budget of steps is rounded up. None for a method that takes no steps."""
+    if cfg.model.optimizer is None:
+        return 0
     budget, stages = cfg.model.budget, _stages(cfg)
     if (budget.epochs is not None) + (budget.steps is not None) + bool(stages) > 1:
         raise ValueError("give model.budget one of epochs, steps and stages, and null for the others")

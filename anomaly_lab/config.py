@@ -47,6 +47,10 @@ NOT_IDENTITY = ("dataset.data_dir", "dataset.path", "dataset.name")
 """Where the data lie (their checksum counts), and their name, which has its own place in the identity. Nor does a
 ``path`` count that has a ``sha256`` beside it, which says what the file is."""
 
+OF_STEPS = ("model.budget.", "model.batch_size", "model.scheduler", "model.clip")
+"""What only training steps read: no part of the identity of a method that takes none (``optimizer: null``), which can
+so stand in the grid of an experiment that changes them."""
+
 NAMES_OF_RUNS = ("normal_class", "abnormal_class", "seed")
 """Keys at the top of train.yaml that no other part of a configuration is chosen by."""
 
@@ -233,7 +237,8 @@ def _identity_keys(cfg: DictConfig) -> dict[str, Any]:
         plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         keys |= _flatten(plain, name)
     files = {f"{key.removesuffix('sha256')}path" for key in keys if key.endswith(".sha256")}
-    return {key: value for key, value in keys.items() if key not in NOT_IDENTITY and key not in files}
+    unread = OF_STEPS if cfg.model.optimizer is None else ()
+    return {k: v for k, v in keys.items() if k not in NOT_IDENTITY and k not in files and not k.startswith(unread)}
 
 
 @functools.lru_cache(maxsize=256)

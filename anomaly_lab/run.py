@@ -108,7 +108,9 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback]) ->
         warnings.filterwarnings("ignore", message=".*does not have many workers.*")
         warnings.filterwarnings("ignore", message=".*constructed with capturable=True.*")  # the steps before a capture
         warnings.filterwarnings("ignore", message=".*`training_step` returned `None`.*|.*log_every_n_steps.*")
+        started = time.perf_counter()
         _fit(job, detector, data, trainer, checkpoint)
+        fit_seconds = sum(row["seconds"] for row in detector.course.history) or time.perf_counter() - started
         started = time.perf_counter()
         trainer.test(detector, datamodule=data, verbose=False)
     score_seconds = time.perf_counter() - started
@@ -120,7 +122,6 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback]) ->
     if measured.sets:
         _write_arrays(out / "rejected_images.npz", measured.sets)
     partition = data.partition
-    fit_seconds = sum(row["seconds"] for row in detector.course.history)
     result = {
         "schema": SCHEMA,
         "identity": job.identity,
@@ -151,7 +152,7 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback]) ->
         "device": device_name,
         "finished": _now(),
         "seconds": {"fit": round(fit_seconds, 3), "score": round(score_seconds, 3)},
-        "images_per_second": round(int(detector.images_seen) / fit_seconds, 1) if fit_seconds else None,
+        "images_per_second": round(int(detector.images_seen) / fit_seconds, 1) if detector.step else None,
         "peak_memory_mb": round(memory, 1),
         "rejected_images": measured.rejected_images,
         "epochs": int(detector.epochs_done),

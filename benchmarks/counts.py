@@ -106,8 +106,9 @@ def cost(work: Callable[[], object]) -> Cost:
 
 
 def published() -> list[str]:
-    """The methods: the models of ``conf/model``, which `compose` makes at their published sizes."""
-    return sorted(path.stem for path in (config.CONFIG_DIR / "model").glob("*.yaml"))
+    """The methods that train: models of ``conf/model``, which `compose` makes at their published sizes."""
+    models = sorted(path.stem for path in (config.CONFIG_DIR / "model").glob("*.yaml"))
+    return [model for model in models if config.compose([f"model={model}"]).model.optimizer is not None]
 
 
 def stored_shape(model: str) -> tuple[int, int, int]:
