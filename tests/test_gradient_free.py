@@ -126,11 +126,11 @@ def test_what_only_steps_read_is_no_part_of_a_run_without_steps(tmp_path: Path) 
     assert result is not None and result["epochs"] == 0 and result["images_per_second"] is None
     assert result["seconds"]["fit"] > 0
     budgeted = config.compose([*plain, "model.budget.epochs=3", "model.batch_size=32", "model.clip=1"])
-    assert config.run_dir(budgeted) == config.run_dir(config.compose(plain))
+    assert config.job(budgeted).out == config.job(config.compose(plain)).out
     assert run(budgeted) == result, "done before"
-    assert config.run_dir(config.compose([*plain, "model.detector.neighbours=1"])) != config.run_dir(budgeted)
+    assert config.job(config.compose([*plain, "model.detector.neighbours=1"])).out != config.job(budgeted).out
     learning = [config.compose([f"model.budget.epochs={epochs}"]) for epochs in (3, 4)]
-    assert config.run_dir(learning[0]) != config.run_dir(learning[1])
+    assert config.job(learning[0]).out != config.job(learning[1]).out
 
 
 @pytest.mark.data
