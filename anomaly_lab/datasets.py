@@ -20,9 +20,9 @@ import urllib.request
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import IO, Any, ClassVar
 
@@ -70,15 +70,14 @@ class Images:
         *,
         name: str,
     ) -> Images:
-        """Put arrays of any order into canonical order and compute their identity."""
+        """Put arrays of any order into canonical order and compute their checksum."""
         pixels = np.ascontiguousarray(pixels)
         labels, is_test = np.asarray(labels, np.int64), np.asarray(is_test, np.bool_)
         digests = _digests(pixels)
         key = digests.view(">u8")  # (N,4): numbers compare as the hex digests do
         order = np.lexsort((key[:, 3], key[:, 2], key[:, 1], key[:, 0], labels, is_test))
-        pixels, labels, is_test = pixels[order], labels[order], is_test[order]
-        sha256 = _identity(digests[order], pixels.shape, labels, is_test, class_names, superclass)
-        return cls(pixels, labels, is_test, class_names, superclass, name, sha256)
+        ordered = cls(pixels[order], labels[order], is_test[order], class_names, superclass, name, sha256="")
+        return replace(ordered, sha256=_checksum(ordered, digests[order]))
 
 
 def _digests(pixels: np.ndarray) -> np.ndarray:
@@ -88,18 +87,11 @@ def _digests(pixels: np.ndarray) -> np.ndarray:
     return np.frombuffer(joined, np.uint8).reshape(-1, 32)
 
 
-def _identity(
-    digests: np.ndarray,  # uint8 (N,32)
-    shape: tuple[int, ...],
-    labels: np.ndarray,
-    is_test: np.ndarray,
-    class_names: tuple[str, ...],
-    superclass: tuple[str, ...] | None,
-) -> str:
-    # A digest of the images' digests: each image is hashed once, for the order and for the identity.
-    header = json.dumps([list(shape), list(class_names), superclass and list(superclass)], ensure_ascii=True)
-    whole = hashlib.sha256(header.encode())
-    for array in (digests, labels.astype("<i8"), is_test.astype(np.uint8)):
+def _checksum(images: Images, digests: np.ndarray) -> str:
+    """`Images.sha256` from the `_digests` of its pixels: each image is hashed once, for the order and for this."""
+    names = list(images.class_names), images.superclass and list(images.superclass)
+    whole = hashlib.sha256(json.dumps([list(images.pixels.shape), *names], ensure_ascii=True).encode())
+    for array in (digests, images.labels.astype("<i8"), images.is_test.astype(np.uint8)):
         whole.update(np.ascontiguousarray(array).data)
     return whole.hexdigest()
 
@@ -154,14 +146,7 @@ class Dataset(ABC):
         images = self._cached()
         if images is None:
             raise ValueError(f"{self.cache} is not there or is stale: run `{self.download_command}`")
-        found = _identity(
-            _digests(images.pixels),
-            images.pixels.shape,
-            images.labels,
-            images.is_test,
-            images.class_names,
-            images.superclass,
-        )
+        found = _checksum(images, _digests(images.pixels))
         if found != images.sha256:
             raise ValueError(f"{self.cache} is damaged (sha256 {found}, recorded {images.sha256}): {self._remedy()}")
         shape = "x".join(str(n) for n in images.pixels.shape[1:])
@@ -185,6 +170,18 @@ class Dataset(ABC):
 
     def _remedy(self) -> str:
         return f"delete it and run `{self.download_command}`"
+
+    def _failed(self, error: Exception, place: Path) -> ValueError:
+        """Why the source could not be fetched or read, and what to do; its original files belong at ``place``."""
+        if _is_network(error):
+            advice = (
+                f"run `{self.download_command}` on a machine with network access, or put the original files at {place}"
+            )
+        elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            advice = f"make room in {self.root}, or set data_dir (or ANOMALY_LAB_DATA) to another folder"
+        else:
+            advice = f"delete {place} and run `{self.download_command}` again"
+        return ValueError(f"{self.name} could not be fetched or read ({shortened(error)}): {advice}")
 
     def _cached(self) -> Images | None:
         """What the cache holds; None where there is none, or one made from files that have changed since."""
@@ -217,9 +214,10 @@ class Dataset(ABC):
 
 @dataclass(frozen=True, kw_only=True)
 class _Torchvision(Dataset):
-    kind: ClassVar[str]  # the class in torchvision.datasets
+    """Subclasses have the names of torchvision's readers."""
+
     folder: ClassVar[str]  # where torchvision lays the original files below data_dir
-    # Identity of the complete set: torchvision verifies its downloads, not idx files that lie there unpacked.
+    # Checksum of the complete set: torchvision verifies its downloads, not idx files that lie there unpacked.
     published: ClassVar[str | None] = None
 
     def decode(self) -> Images:
@@ -228,23 +226,14 @@ class _Torchvision(Dataset):
         folder = self.root / self.folder
         try:
             with _network_timeout():
-                reader = getattr(datasets, self.kind)
+                reader = getattr(datasets, type(self).__name__)
                 halves = [reader(root=str(self.root), train=train, download=True) for train in (True, False)]
             pixels = np.concatenate([np.asarray(half.data) for half in halves])  # (N,H,W) or (N,H,W,3)
             labels = np.concatenate([np.asarray(half.targets, np.int64) for half in halves])
             class_names, superclass = self._classes(halves)
         # torchvision lets through whatever urllib, tarfile, gzip, pickle or its own assertions raise.
         except Exception as error:
-            if _is_network(error):
-                advice = (
-                    f"run `{self.download_command}` on a machine with network access, or put the original "
-                    f"files into {folder}"
-                )
-            elif isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                advice = f"make room in {self.root}, or set data_dir (or ANOMALY_LAB_DATA) to another folder"
-            else:
-                advice = f"delete {folder} and run `{self.download_command}` again"
-            raise ValueError(f"{self.name} could not be fetched or read ({shortened(error)}): {advice}") from error
+            raise self._failed(error, folder) from error
         is_test = np.repeat([False, True], [len(half.data) for half in halves])
         pixels = pixels[:, None] if pixels.ndim == 3 else pixels.transpose(0, 3, 1, 2)
         images = Images.canonical(pixels, labels, is_test, class_names, superclass, name=self.name)
@@ -265,7 +254,6 @@ class MNIST(_Torchvision):
 
     name: str = "mnist"
     config: ClassVar[str] = "mnist"
-    kind: ClassVar[str] = "MNIST"
     folder: ClassVar[str] = "MNIST/raw"
     published: ClassVar[str | None] = "7f45569a68eceedf24740501383f2b724a6191b17b3fc487cb5460aadd782ad5"
 
@@ -280,7 +268,6 @@ class FashionMNIST(_Torchvision):
 
     name: str = "fashion_mnist"
     config: ClassVar[str] = "fashion_mnist"
-    kind: ClassVar[str] = "FashionMNIST"
     folder: ClassVar[str] = "FashionMNIST/raw"
     published: ClassVar[str | None] = "54daaf62c301b353f3a3ef52b3246b4c0a30fdc2ad2c6c877fb4a8c95e489e92"
 
@@ -291,7 +278,6 @@ class CIFAR10(_Torchvision):
 
     name: str = "cifar10"
     config: ClassVar[str] = "cifar10"
-    kind: ClassVar[str] = "CIFAR10"
     folder: ClassVar[str] = "cifar-10-batches-py"
     published: ClassVar[str | None] = "2cb386b361aaa69b94b133b96481da589d21854ca031e61bb025559e2eb655bb"
 
@@ -302,7 +288,6 @@ class CIFAR100(_Torchvision):
 
     name: str = "cifar100"
     config: ClassVar[str] = "cifar100"
-    kind: ClassVar[str] = "CIFAR100"
     folder: ClassVar[str] = "cifar-100-python"
 
     def _classes(self, halves: list[Any]) -> tuple[tuple[str, ...], tuple[str, ...] | None]:
@@ -399,11 +384,13 @@ class COIL100(Dataset):
 
         def copy(out: IO[bytes]) -> None:
             digest = hashlib.sha256()
-            with tqdm(total=self.archive_bytes, unit="B", unit_scale=True, desc=target.name) as bar:
-                for block in self._stream(target):
+            with (
+                urllib.request.urlopen(self.url, timeout=NETWORK_TIMEOUT) as answer,
+                tqdm.wrapattr(answer, "read", total=self.archive_bytes, desc=target.name) as source,
+            ):
+                while block := source.read(1 << 18):
                     digest.update(block)
                     out.write(block)
-                    bar.update(len(block))
             if digest.hexdigest() != self.archive_sha256:
                 raise ValueError(
                     f"{self.url} sent {out.tell()} bytes with sha256 {digest.hexdigest()}, expected "
@@ -411,18 +398,10 @@ class COIL100(Dataset):
                     f"or put the archive at {target}"
                 )
 
-        _replace(target, copy, self.archive_bytes)
-
-    def _stream(self, target: Path) -> Iterator[bytes]:
         try:
-            with urllib.request.urlopen(self.url, timeout=NETWORK_TIMEOUT) as answer:
-                while block := answer.read(1 << 18):
-                    yield block
+            write_whole(target, copy)
         except (OSError, http.client.HTTPException) as error:
-            raise ValueError(
-                f"{self.url} could not be fetched ({shortened(error)}): run `{self.download_command}` on a "
-                f"machine with network access, or put the archive at {target}"
-            ) from error
+            raise self._failed(error, target) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -558,13 +537,8 @@ class NPZ(Dataset):
             f"dataset.path={self.path} is not there: give an .npz file with the keys {', '.join(REQUIRED)}"
         )
 
-    def load(self) -> Images:
-        images = self._cached()
-        return self.decode() if images is None else images
-
-    def download(self) -> Path:
-        self.load()
-        return self.cache
+    def _make(self) -> Images:
+        return self.decode()
 
     def _remedy(self) -> str:
         return "write it again in the format of docs/datasets.md"
@@ -600,15 +574,8 @@ def _read(path: Path, name: str, remedy: str) -> tuple[Images, str | None]:
     if "sha256" not in arrays:
         return Images.canonical(pixels, labels, is_test, class_names, superclass, name=name), None
     # Ours: ordered and hashed when it was written; the archive's CRCs were checked while reading.
-    images = Images(
-        pixels,
-        labels.astype(np.int64, copy=False),
-        is_test,
-        class_names,
-        superclass,
-        name,
-        str(arrays["sha256"]),
-    )
+    labels = labels.astype(np.int64, copy=False)
+    images = Images(pixels, labels, is_test, class_names, superclass, name, str(arrays["sha256"]))
     return images, str(arrays["source"]) if "source" in arrays else None
 
 
@@ -653,17 +620,12 @@ def _write(path: Path, images: Images, source: str) -> None:
     }
     if images.superclass is not None:
         arrays["superclass"] = np.array(images.superclass)
-    # Not compressed: CIFAR-10 then loads in half a second.
-    _replace(path, lambda out: np.savez(out, **arrays), images.pixels.nbytes)
-
-
-def _replace(path: Path, write: Callable[[IO[bytes]], None], nbytes: int) -> None:
     try:
-        write_whole(path, write)
+        write_whole(path, lambda out: np.savez(out, **arrays))  # uncompressed: CIFAR-10 loads in half a second
     except OSError as error:
         raise ValueError(
-            f"{path} could not be written ({shortened(error)}): make room for {max(1, nbytes // 10**6)} MB "
-            "there, or set data_dir (or ANOMALY_LAB_DATA) to another folder"
+            f"{path} could not be written ({shortened(error)}): make room for "
+            f"{max(1, images.pixels.nbytes // 10**6)} MB there, or set data_dir (or ANOMALY_LAB_DATA) to another folder"
         ) from error
 
 
@@ -698,7 +660,7 @@ def _explained(path: Path, remedy: str) -> Iterator[None]:
 @contextmanager
 def _network_timeout() -> Iterator[None]:
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(NETWORK_TIMEOUT)  # torchvision sets none and would wait for ever
+    socket.setdefaulttimeout(NETWORK_TIMEOUT)  # torchvision sets none and would wait without end
     try:
         yield
     finally:
