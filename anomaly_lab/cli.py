@@ -12,7 +12,19 @@ from pathlib import Path
 
 from anomaly_lab.errors import DONE, FAILED, INTERRUPTED, MISTAKE, TERMINATED, Terminated, exit_code, explained
 
-__all__ = ["DONE", "FAILED", "INTERRUPTED", "MISTAKE", "TERMINATED", "data", "features", "report", "score", "train"]
+__all__ = [
+    "DONE",
+    "FAILED",
+    "INTERRUPTED",
+    "MISTAKE",
+    "TERMINATED",
+    "check",
+    "data",
+    "features",
+    "report",
+    "score",
+    "train",
+]
 
 DRY_RUN = "--dry-run"
 
@@ -223,6 +235,39 @@ def score(argv: Sequence[str] | None = None) -> int:
         return _mistake(parser.prog, str(error))
     print(f"{len(files)} images scored: {asked.out}")
     return DONE
+
+
+def check(argv: Sequence[str] | None = None) -> int:
+    """``anomaly-lab-check model=NAME``: hold a method to the contract that every method here keeps."""
+    parser = argparse.ArgumentParser(
+        prog="anomaly-lab-check",
+        description="Train a method for a few steps, straight through and killed after every epoch, and say what "
+        "breaks the contract: a score that depends on its batch, a parameter that nobody trains, noise that a resumed "
+        "run draws anew, ... One line a fault, with what to do; exit code 1 where there is any.",
+        epilog="example: ANOMALY_LAB_CONF=conf anomaly-lab-check model=mine model.detector.width=8",
+    )
+    parser.add_argument(
+        "overrides", nargs="+", metavar="KEY=VALUE", help="model=NAME, and smaller networks to be quick"
+    )
+    overrides = parser.parse_args(argv).overrides
+    if not any(word.startswith("model=") for word in overrides):
+        return _mistake(parser.prog, "name a method: model=NAME")
+
+    from anomaly_lab import testing
+
+    number = 0
+    try:
+        for held, faults in testing.examine(overrides):
+            print(f"{'FAULT' if faults else 'ok':<7}{held}", flush=True)
+            for fault in faults:
+                print(f"         {fault}", flush=True)
+            number += len(faults)
+    except Exception as error:
+        line = explained(error)
+        if line is None:
+            raise
+        return _mistake(parser.prog, line)
+    return FAILED if number else DONE
 
 
 def features(argv: Sequence[str] | None = None) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import itertools
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,11 +11,11 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor
 
-from anomaly_lab import config
+from anomaly_lab import config, testing
 from anomaly_lab.build import make_detector
 from anomaly_lab.detector import Batch, Detector
 from anomaly_lab.methods.shared_autoencoder import EncoderDecoderEncoder, SharedAutoencoder
-from anomaly_lab.players import make_players, minimise, parameters_of
+from anomaly_lab.players import make_players, minimise
 
 # Sizes at which a method is quick to test; each model takes those it has.
 SHRINK: dict[str, object] = {
@@ -42,6 +41,7 @@ REDUCED = {
 MODELS = sorted(path.stem for path in (config.CONFIG_DIR / "model").glob("*.yaml"))
 
 
+@functools.cache
 def shrunk(model: str) -> list[str]:
     """Overrides: the method at a size that is quick to test."""
     plain = config.compose([f"model={model}"])
@@ -93,76 +93,12 @@ def test_every_model_composes_with_a_lab_note_and_a_budget(model: str) -> None:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_a_score_depends_on_its_image_alone(model: str) -> None:
-    made = detector(model).eval()
-    x = images(12)
-    with torch.no_grad():
-        whole = made.score(x)
-        alone = torch.cat([made.score(one[None]) for one in x])
-        order = torch.randperm(12, generator=torch.Generator().manual_seed(3))
-        shuffled = made.score(x[order])
-        crowd = made.score(torch.cat([x[:3], torch.ones(40, 1, 32, 32)]))[:3]
-    assert whole.shape == (12,) and whole.dtype == torch.float32
-    assert whole.unique().numel() > 1, "a constant score would pass the rest"
-    torch.testing.assert_close(alone, whole, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(shuffled, whole[order], rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(crowd, whole[:3], rtol=1e-4, atol=1e-6)
-
-
-@pytest.mark.parametrize("model", MODELS)
-@pytest.mark.parametrize("shape", [(3, 32, 32), (1, 16, 16)])
-def test_every_model_takes_colour_and_other_sizes(model: str, shape: tuple[int, int, int]) -> None:
-    made = detector(model, shape=shape).eval()
-    x = images(2, shape)
-    with torch.no_grad():
-        assert made.score(x).shape == (2,)
-        reconstruction = made.reconstruct(x)
-        assert reconstruction is None or reconstruction.shape == x.shape
-        anomaly_map = made.anomaly_map(x)
-        assert anomaly_map is None or (anomaly_map.shape == (2, *shape[1:]) and bool((anomaly_map >= 0).all()))
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_each_play_moves_its_player_by_its_own_gradient_and_nobody_else(model: str) -> None:
-    made = detector(model).double()  # so that a gradient of 1e-8 is still seen
-    further = (batch()._replace(x=images(seed=seed).double()) for seed in itertools.count(1))
-    made.next_batch = lambda: next(further)  # type: ignore[method-assign]
-    players = make_players(made.players(), functools.partial(torch.optim.SGD, lr=1.0))
-    everything = dict(made.named_parameters())
-    plays = 0
-    for losses in made.plays(batch()._replace(x=images().double())):
-        plays += 1
-        before = {name: p.detach().clone() for name, p in everything.items()}
-        expected = {name: torch.zeros_like(p) for name, p in everything.items()}
-        for player, loss in losses.items():
-            own = {id(p) for p in players[player].parameters}
-            names = [name for name, p in everything.items() if id(p) in own]
-            found = torch.autograd.grad(loss, [everything[name] for name in names], retain_graph=True)
-            for name, gradient in zip(names, found, strict=True):
-                expected[name] += gradient
-        minimise(losses, players)
-        for name, parameter in everything.items():
-            # SGD at rate 1 moves by exactly the gradient.
-            step = before[name] - parameter.detach()
-            torch.testing.assert_close(step, expected[name], rtol=1e-6, atol=1e-14, msg=name)
-            assert parameter.grad is None, "a gradient was left behind"
-    assert plays > 0 or not made.players()
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_every_parameter_belongs_to_a_player(model: str) -> None:
-    made = detector(model)
-    owned = {id(p) for networks in made.players().values() for p in parameters_of(networks)}
-    assert owned == {id(p) for p in made.parameters()}
-
-
-@pytest.mark.parametrize("model", MODELS)
-def test_same_seed_same_weights(model: str) -> None:
-    first, second, other = (detector(model, f"seed={seed}") for seed in (5, 5, 6))
-    for (name, a), b in zip(first.state_dict().items(), second.state_dict().values(), strict=True):
-        assert torch.equal(a, b), name
-    pairs = list(zip(first.parameters(), other.parameters(), strict=True))
-    assert not pairs or any(not torch.equal(a, b) for a, b in pairs)
+def test_every_method_keeps_the_contract(model: str, monkeypatch: pytest.MonkeyPatch, data: Path) -> None:
+    """As ``anomaly-lab-check model=...`` does; tests/test_testing.py shows that it can fail."""
+    monkeypatch.setenv("ANOMALY_LAB_DATA", str(data))
+    name, *small = shrunk(model)
+    rounds = ["model.detector.rounds=2"] * ("rounds" in config.compose([name]).model.detector)  # an epoch each
+    testing.check(model, *small, *rounds, "split.contamination.rate=0.05")
 
 
 # Shared autoencoders ------------------------------------------------------------------------------------------------
