@@ -255,7 +255,7 @@ class GreyOnly(Sound):
 class SaysGreyOnly(Sound):
     def __init__(self, image_shape: Sequence[int]) -> None:
         super().__init__(image_shape)
-        if image_shape != (1, 8, 8):
+        if tuple(image_shape) != (1, 8, 8):
             raise ValueError("this method takes grey images of 8 pixels: set model.input.channels=1 model.input.size=8")
 
 
