@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from itertools import islice
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, Literal, NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from lightning import LightningModule
@@ -360,9 +360,19 @@ def looking(detector: nn.Module) -> Iterator[None]:
 
 
 def _arguments(cls: type, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """What the constructor was given, by name."""
+    """What the constructor was given, by name.
+
+    Raises:
+        ValueError: an argument annotated as a ``Literal`` has another value.
+    """
     bound = inspect.signature(cls.__init__).bind_partial(None, *args, **kwargs)  # type: ignore[misc]
-    return dict(islice(bound.arguments.items(), 1, None))
+    given = dict(islice(bound.arguments.items(), 1, None))
+    hints = get_type_hints(cls.__init__)  # type: ignore[misc]
+    for name, value in given.items():
+        valid = get_args(hints[name]) if get_origin(hints.get(name)) is Literal else (value,)
+        if value not in valid:
+            raise ValueError(f"{name}={value}: choose one of {', '.join(map(str, valid))}")
+    return given
 
 
 def _plain(value: Any) -> bool:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
@@ -47,6 +48,16 @@ def write_whole(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
         if isinstance(error, OSError) and error.errno and error.filename in (None, str(part)):  # a write names no file
             error.filename = str(path)
         raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """`write_whole` of a text, in UTF-8."""
+    write_whole(path, lambda file: file.write(text.encode()))
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
+    """`write_whole` of plain values; NaN and infinity, which JSON lacks, are a ValueError."""
+    write_text(path, json.dumps(content, indent=1, allow_nan=False))
 
 
 def remove_parts(folder: Path) -> None:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from anomaly_lab.datasets import IMAGE_SUFFIXES, open_image
 from anomaly_lab.errors import shortened
-from anomaly_lab.files import write_whole
+from anomaly_lab.files import write_text
 
 # torch and Lightning take seconds to import: they come with the first run that is loaded, not with --help.
 if TYPE_CHECKING:
@@ -269,7 +269,7 @@ def score_files(fitted: FittedDetector, files: Sequence[Path], out: Path, heat_m
             _draw_heat_maps(fitted, some, images, scores, heat_maps, start)
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
-    write_whole(out, lambda file: file.write(text.getvalue().encode()))
+    write_text(out, text.getvalue())
 
 
 def _draw_heat_maps(

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from anomaly_lab import results, status
-from anomaly_lab.files import write_whole
+from anomaly_lab.files import write_text
 from anomaly_lab.tables import LEARNED, MINIMUM_PAIRS, Cell, Comparison, Table, significance, table
 
 if TYPE_CHECKING:
@@ -646,7 +646,7 @@ def _write_experiment(frame: pd.DataFrame, epochs: pd.DataFrame, name: str, out:
     if not notes.exists():
         print(f"write {notes}: what was expected, what came out, and why", file=sys.stderr)
     text = notes.read_text(encoding="utf-8") if notes.exists() else f"# {name}\n"
-    _write(out / "README.md", experiment_readme(frame, text, experiment_command(name)))
+    write_text(out / "README.md", experiment_readme(frame, text, experiment_command(name)))
 
 
 def experiment_command(name: str) -> str:
@@ -664,11 +664,7 @@ def _write_report(
         for file, draw in section.figures.items():
             pictures[file] = figures.save(draw(), out / "figures" / file, dpi=110).read_bytes()
     head = "\n".join(["# Results", "", *(f"> {line}\n" for line in notices), _provenance(frame), "", ""])
-    _write(out / "report.md", head + markdown(parts, oracle=oracle, folder="figures"))
-    _write(out / "report.tex", latex(parts, oracle=oracle))
-    _write(out / "report.html", html(parts, frame, pictures, oracle=oracle, notices=notices))
+    write_text(out / "report.md", head + markdown(parts, oracle=oracle, folder="figures"))
+    write_text(out / "report.tex", latex(parts, oracle=oracle))
+    write_text(out / "report.html", html(parts, frame, pictures, oracle=oracle, notices=notices))
     results.write_csv(frame, out / "results.csv")
-
-
-def _write(path: Path, text: str) -> None:
-    write_whole(path, lambda file: file.write(text.encode()))

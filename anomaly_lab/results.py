@@ -23,7 +23,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from anomaly_lab.files import write_whole
+from anomaly_lab.files import write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -404,7 +404,7 @@ def write_rows(path: str | Path, header: Sequence[str], rows: Iterable[Iterable[
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
     writer.writerows([csv_cell(value) for value in row] for row in rows)
-    write_whole(path, lambda file: file.write(text.getvalue().encode()))
+    write_text(path, text.getvalue())
 
 
 def csv_cell(value: Any) -> str:

@@ -27,7 +27,7 @@ from anomaly_lab.config import Job
 from anomaly_lab.data import OneClassData, scored_at_once
 from anomaly_lab.detector import Detector
 from anomaly_lab.errors import RunFailed
-from anomaly_lab.files import locked, write_whole
+from anomaly_lab.files import locked, write_json, write_whole
 from anomaly_lab.measure import draw, measure, used
 
 log = logging.getLogger(__name__)
@@ -219,11 +219,6 @@ def prune(out: Path) -> int:
             checkpoint.pop(training, None)
         write_checkpoint(path, checkpoint)
         return before - path.stat().st_size
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    text = json.dumps(content, indent=1, allow_nan=False)
-    write_whole(path, lambda file: file.write(text.encode()))
 
 
 def _too_large(cfg: DictConfig) -> str:

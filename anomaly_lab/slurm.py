@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anomaly_lab.errors import FAILED, TERMINATED, flat
-from anomaly_lab.files import write_whole
+from anomaly_lab.files import write_json
 
 if TYPE_CHECKING:
     from hydra.core.utils import JobReturn
@@ -123,7 +123,7 @@ def submit(
 
 def record_job(folder: Path, job: Mapping[str, Any]) -> None:
     """Keep in the run's folder that a job was submitted for it; under "job" its number."""
-    write_whole(folder / JOB_FILE, lambda file: file.write(json.dumps(job, indent=1).encode()))
+    write_json(folder / JOB_FILE, job)
 
 
 # In the job -------------------------------------------------------------------------------------------------------
@@ -163,7 +163,7 @@ def _version(path: Path) -> int:
 def _record_failure(folder: Path, line: str, trace: str = "") -> None:
     failure = {"error": line, "traceback": trace, "time": datetime.now(UTC).isoformat(timespec="seconds")}
     try:
-        write_whole(folder / "failure.json", lambda file: file.write(json.dumps(failure, indent=1).encode()))
+        write_json(folder / "failure.json", failure)
     except OSError as error:
         _say(f"the failure itself cannot be recorded: {error}")
 

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from anomaly_lab.config import Job
 from anomaly_lab.errors import shortened
-from anomaly_lab.files import write_whole
+from anomaly_lab.files import write_text
 
 log = logging.getLogger(__name__)
 
@@ -116,7 +116,7 @@ class Csv(Tracker):
         writer = csv.DictWriter(text, list(columns), lineterminator="\n")
         writer.writeheader()
         writer.writerows(self._rows)
-        write_whole(self._path, lambda file: file.write(text.getvalue().encode()))
+        write_text(self._path, text.getvalue())
 
 
 class TensorBoard(Tracker):

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor, nn
 
@@ -173,23 +173,12 @@ class SharedAutoencoder(Detector):
         score: Score,
     ) -> None:
         super().__init__(image_shape)
-        for name, value, valid in (
-            ("update", update, get_args(Update)),
-            ("latent_target", latent_target, get_args(LatentTarget)),
-            ("score", score, get_args(Score)),
-        ):
-            if value not in valid:
-                raise ValueError(f"{name}={value}: choose one of {', '.join(valid)}")
         for name, number in (("omega", omega), ("rec_weight_floor", rec_weight_floor)):
             if not 0 <= number <= 1:
                 raise ValueError(f"{name}={number}: choose a number from 0 to 1")
         self.alpha, self.beta, self.omega = alpha, beta, omega
-        self.floor, self.update, self.latent_target, self.score_rule = (
-            rec_weight_floor,
-            update,
-            latent_target,
-            score,
-        )
+        self.floor, self.update = rec_weight_floor, update
+        self.latent_target, self.score_rule = latent_target, score
         self.encoder1, self.decoder1 = _networks(image_shape, width, latent_size)
         self.encoder2, self.decoder2 = _networks(image_shape, width, latent_size)
 
