@@ -178,6 +178,8 @@ ALLOWED = {
     "status": {"files", "results", "slurm"},
     "tables": {"results"},
     "report": {"files", "results", "status", "tables"},
+    "testing": {"batches", "build", "config", "data", "detector", "errors", "players", "switches"},
+    "trust": set(),
     "tracking": {"config", "errors", "files"},
     "run": {"build", "config", "data", "detector", "errors", "files", "measure", "switches", "tracking", "turns"},
     "sweep": {"config", "errors", "files", "slurm", "status"},
@@ -189,14 +191,14 @@ TORCHLESS = {"files", "datasets", "splits", "metrics", "figures", "config", "cli
 # status report stay quick; and what looks at configurations only where there are any.
 LATE = {
     "__init__": {"predict"},
-    "cli": {"config", "datasets", "files", "networks", "predict", "report", "sweep"}
+    "cli": {"config", "datasets", "files", "networks", "predict", "report", "sweep", "testing"}
     | {"hydra", "numpy", "omegaconf", "torch", "tqdm"},
     "datasets": {"PIL", "sklearn", "torchvision", "tqdm"},
     "errors": {"hydra", "omegaconf"},
     "figures": {"matplotlib"},
     "adversarial_autoencoder": {"sklearn"},
     "networks": {"torchvision"},
-    "predict": {"build", "data", "figures", "switches", "hydra", "omegaconf", "torch"},
+    "predict": {"build", "data", "figures", "switches", "trust", "hydra", "omegaconf", "torch"},
     "report": {"config", "figures", "run", "tracking", "hydra", "jinja2"},
     "results": {"pandas"},
     "slurm": {"config", "submitit"},
@@ -204,6 +206,7 @@ LATE = {
     "switches": {"torch"},
     "tables": {"scipy"},
     "tracking": {"PIL", "requests", "torch", "wandb", "wandb_workspaces"},
+    "trust": {"detector", "torch"},
     "turns": {"torch"},
 }
 PACKAGE = Path(config.__file__).parent
