@@ -10,7 +10,7 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, get_args
 
@@ -244,6 +244,17 @@ class PerceptualFeatures(nn.Module):
     def smallest(self) -> int:
         """The smallest image size, in pixels, that leaves at least one position."""
         return _CUTS[self.architecture].smallest
+
+    def refuse(self, image_shape: Sequence[int]) -> None:
+        """Raise a ValueError, with what to do, where images (C,S,S) have other channels or are too small."""
+        channels, size, _ = image_shape
+        if channels not in (1, 3):
+            raise ValueError(f"pretrained features see 1 or 3 channels, not {channels}: set model.input.channels=3")
+        if size < self.smallest:
+            raise ValueError(
+                f"{self.architecture} needs images of {self.smallest} pixels or more: "
+                f"set model.input.size={self.smallest}"
+            )
 
     @property
     def source(self) -> dict[str, str]:

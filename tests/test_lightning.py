@@ -33,7 +33,8 @@ def short(model: str, folder: Path) -> Any:
     stages = config.compose([f"model={model}"]).model.budget.get("stages")
     given = ["model.budget.epoch_steps=3"]
     if stages:
-        given += ["model.budget.stages={" + ",".join(f"{name}: 2" for name in stages) + "}", "model.detector.rounds=2"]
+        given += ["model.budget.stages={" + ",".join(f"{name}: 2" for name in stages) + "}"]
+        given += ["model.detector.rounds=2"] * ("rounds" in config.compose([f"model={model}"]).model.detector)
     else:
         given += ["model.budget.epochs=2", "model.budget.steps=null"]
     where = [f"runs={folder / 'runs'}", f"data_dir={folder}", "logger=none", "trainer.progress=false"]

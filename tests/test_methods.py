@@ -32,9 +32,16 @@ SHRINK: dict[str, object] = {
     "model.detector.features.architecture": "squeezenet1_0",
 }
 REDUCED = {
-    *("detector.width", "detector.critic_width", "budget.epochs", "budget.steps"),
+    *("detector.width", "detector.widths", "detector.critic_width", "budget.epochs", "budget.steps"),
     *(f"detector.{network}_widths" for network in ("encoder", "generator", "image_critic", "latent_critic")),
-    *(f"budget.stages.{stage}" for stage in ("pretrain", "detect", "retrain")),
+    *(f"budget.stages.{stage}" for stage in ("pretrain", "detect", "retrain", "train")),
+    # What follows from fewer epochs.
+    *(f"{key}.{rest}" for key in ("optimizer", "optimizer.autoencoder", "optimizer.svdd") for rest in ("lr",)),
+    *(f"{key}.milestones" for key in ("scheduler", "scheduler.autoencoder", "scheduler.svdd")),
+    "detector.warm_up",
+    "detector.inner",
+    "detector.estimator_width",
+    "input.size",
 }
 """What a small size may reduce."""
 

@@ -298,13 +298,7 @@ class PIAD(Detector):
         # Last, so that the networks above start from the same weights whatever the features are.
         self.features = features() if features is not None else None
         if self.features is not None:
-            if channels not in (1, 3):
-                raise ValueError(f"pretrained features see 1 or 3 channels, not {channels}: set model.input.channels=3")
-            if size < self.features.smallest:
-                raise ValueError(
-                    f"{self.features.architecture} needs images of {self.features.smallest} pixels or more: "
-                    f"set model.input.size={self.features.smallest}"
-                )
+            self.features.refuse(image_shape)
         count = channels if self.features is None else self.features.channels  # K
         self.register_buffer("feature_mean", torch.zeros(count, 1, 1))
         self.register_buffer("feature_std", torch.ones(count, 1, 1))
