@@ -25,6 +25,7 @@ from anomaly_lab.capture import Capture
 from anomaly_lab.config import Job
 from anomaly_lab.data import OneClassData, Prepare
 from anomaly_lab.detector import Detector
+from anomaly_lab.features import FeatureStore
 from anomaly_lab.files import write_whole
 from anomaly_lab.players import Learning
 from anomaly_lab.randomness import stream
@@ -39,23 +40,25 @@ def make_prepare(cfg: DictConfig) -> Prepare:
     """The preprocessing ``model.input`` describes."""
     given = OmegaConf.to_container(cfg.model.input, resolve=True)
     assert isinstance(given, dict)
-    low, high = given.pop("range")
-    return Prepare(value_range=(low, high), **{str(key): value for key, value in given.items()})
+    (low, high), features = given.pop("range"), instantiate(given.pop("features", None), _convert_="all")
+    return Prepare(value_range=(low, high), features=features, **{str(key): value for key, value in given.items()})
 
 
 def make_data(job: Job) -> OneClassData:
     """The data module of a run, its partition made."""
-    cfg = job.cfg
+    cfg, images, prepare = job.cfg, config.load_images(job.cfg), make_prepare(job.cfg)
+    kept = Path(cfg.data_dir).expanduser() / "features"
     return OneClassData(
-        config.load_images(cfg),
+        images,
         job.split,
         job.identity["normal_class"],
-        make_prepare(cfg),
+        prepare,
         batch_size=cfg.model.batch_size,
         epoch_steps=cfg.model.budget.epoch_steps,
         score_batch_size=cfg.trainer.score_batch_size,
         seed=cfg.seed,
         watch_test=cfg.trainer.watch_test,
+        features=FeatureStore(images, prepare, kept, cfg.trainer.feature_cache_gb * 1e9),
     )
 
 

@@ -6,7 +6,7 @@ Legend of the shape comments: N images of a set, B in a batch, C channels, S = s
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,16 +14,19 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from lightning import LightningDataModule
-from torch import Tensor
+from torch import Tensor, nn
 
 from anomaly_lab.batches import Batch
 from anomaly_lab.datasets import Images
+from anomaly_lab.features import FeatureStore
 from anomaly_lab.splits import Partition, Split
 
 STEPS_SECONDS = 0.2
 """About how long training goes on before Lightning is called again."""
 
 Part = Literal["train", "val", "test"]
+
+CPU = torch.device("cpu")
 
 AT_ONCE = 1000
 """Images of a whole set that are prepared in one go; each step of it holds a copy of them in float32."""
@@ -36,7 +39,7 @@ def scored_at_once(device: torch.device) -> int:
 
 @dataclass(frozen=True)
 class Prepare:
-    """From stored pixels to what a network sees: uint8 (B,C,H,W) -> float32 (B,C',S,S), on the images' device.
+    """From stored pixels to what a method sees: uint8 (B,C,H,W) -> float32 (B,C',S,S), on the images' device.
 
     Args:
         size: S.
@@ -45,12 +48,15 @@ class Prepare:
             Interpolation is bilinear, antialiased when reducing.
         value_range: what 0 and 255 become.
         channels: 1 makes grey of colour (ITU-R 601), 3 repeats grey; None keeps what is stored.
+        features: a fixed function of each image alone, (B,C',S,S) -> (B,F,h,w): the method then sees its values,
+            rounded to float16 as a `FeatureStore` keeps them, in the place of the images.
     """
 
     size: int = 32
     fit: Literal["pad", "resize"] = "pad"
     value_range: tuple[float, float] = (-1.0, 1.0)
     channels: int | None = None
+    features: nn.Module | None = None
 
     def __post_init__(self) -> None:
         if self.fit not in ("pad", "resize"):
@@ -61,6 +67,14 @@ class Prepare:
             raise ValueError("model.input needs a size of at least 1 and a range of two growing numbers")
 
     def __call__(self, pixels: Tensor) -> Tensor:
+        x = self.image(pixels)
+        if self.features is None:
+            return x
+        with torch.no_grad():
+            return self.features.to(x.device).eval()(x).half().float()
+
+    def image(self, pixels: Tensor) -> Tensor:
+        """The images themselves, float32 (B,C',S,S), whatever features there are."""
         x = pixels.float()
         if self.channels == 1 and x.shape[1] == 3:
             x = 0.299 * x[:, 0:1] + 0.587 * x[:, 1:2] + 0.114 * x[:, 2:3]
@@ -77,13 +91,6 @@ class Prepare:
         low, high = self.value_range
         return x * ((high - low) / 255) + low
 
-    def all(self, pixels: Tensor, device: torch.device) -> Tensor:
-        """A whole set at once, in parts of `AT_ONCE`: uint8 (N,C,H,W) anywhere -> float32 (N,C',S,S) on ``device``."""
-        x = torch.empty(len(pixels), self.channels or pixels.shape[1], self.size, self.size, device=device)
-        for start in range(0, len(pixels), AT_ONCE):
-            x[start : start + AT_ONCE] = self(pixels[start : start + AT_ONCE].to(device))
-        return x
-
     @staticmethod
     def _resize(x: Tensor, height: int, width: int) -> Tensor:
         if x.shape[-2:] == (height, width):
@@ -91,20 +98,38 @@ class Prepare:
         return F.interpolate(x, (height, width), mode="bilinear", antialias=height < x.shape[-2] or width < x.shape[-1])
 
     def shape(self, pixels: np.ndarray) -> tuple[int, int, int]:
-        """(C',S,S) of what becomes of uint8 ``pixels`` (N,C,H,W)."""
-        return (self.channels or pixels.shape[1], self.size, self.size)
+        """(C',S,S), or (F,h,w) with features, of what becomes of uint8 ``pixels`` (N,C,H,W)."""
+        channels, height, width = self(torch.zeros((1, *pixels.shape[1:]), dtype=torch.uint8)).shape[1:]
+        return channels, height, width
 
     def displayable(self, x: Tensor) -> Tensor:
-        """Back from the network's range to [0, 1] for figures, same shape."""
+        """Images back from the network's range to [0, 1] for figures, same shape."""
         low, high = self.value_range
         return ((x - low) / (high - low)).clamp(0, 1)
+
+
+def as_stored(features: Tensor) -> Tensor:
+    """What a method sees of features that are stored: float16 (B,F,h,w) -> float32."""
+    return features.float()
+
+
+def whole(prepare: Callable[[Tensor], Tensor], stored: Tensor, device: torch.device) -> Tensor:
+    """A whole set prepared, in parts of `AT_ONCE`: (N,...) anywhere -> float32 (N,C',S,S) on ``device``."""
+    x: Tensor | None = None
+    for start in range(0, len(stored), AT_ONCE):
+        part = prepare(stored[start : start + AT_ONCE].to(device))
+        if x is None:
+            x = part.new_empty((len(stored), *part.shape[1:]))
+        x[start : start + AT_ONCE] = part
+    assert x is not None, "there are images"
+    return x
 
 
 class Loader:
     """Batches of images in their order. It slices an index tensor: no workers, no decoding, no copies but the batch.
 
     Args:
-        pixels: uint8 (N,C,H,W), on the device where it fits, else in host memory.
+        pixels: uint8 (N,C,H,W), or stored features, on the device where they fit, else in host memory.
         index: int64 (N,), positions in the whole data set. truth: uint8 (N,), of test images.
     """
 
@@ -112,7 +137,7 @@ class Loader:
         self,
         pixels: Tensor,
         index: Tensor,
-        prepare: Prepare,
+        prepare: Callable[[Tensor], Tensor],
         batch_size: int,
         device: torch.device,
         truth: Tensor | None = None,
@@ -136,7 +161,7 @@ class Loader:
 
     def everything(self) -> Batch:
         """All images, prepared, on the device: x (N,C,S,S)."""
-        x = self._prepare.all(self.pixels, self._device)
+        x = whole(self._prepare, self.pixels, self._device)
         return Batch(x, self.index.to(self._device), None if self.truth is None else self.truth.to(self._device))
 
 
@@ -218,6 +243,7 @@ class OneClassData(LightningDataModule):
         seed: of the partition (unless ``split.seed`` is set) and of the order of training images, which in epoch e
             depends on (seed, e) alone: a resumed run sees what it would have seen.
         watch_test: validate on the test images too, after the held-out normals.
+        features: where fixed features are kept, if ``prepare`` has any; None computes them for this object alone.
     """
 
     def __init__(
@@ -232,6 +258,7 @@ class OneClassData(LightningDataModule):
         score_batch_size: int | None = None,
         seed: int = 0,
         watch_test: bool = False,
+        features: FeatureStore | None = None,
     ) -> None:
         super().__init__()
         if epoch_steps < 1:
@@ -247,11 +274,13 @@ class OneClassData(LightningDataModule):
             score_batch_size,
         )
         self._seed, self._watch_test = seed, watch_test
+        self._features = None if prepare.features is None else features or FeatureStore(images, prepare, None, 0)
+        self._as_seen: Callable[[Tensor], Tensor] = prepare if self._features is None else as_stored
         self._parts: dict[tuple[Part, torch.device], tuple[Tensor, Tensor]] = {}
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
-        """(C,S,S) of the prepared images."""
+        """(C,S,S) of the prepared images, or (F,h,w) of their features."""
         return self.prepare.shape(self.images.pixels)
 
     @property
@@ -263,7 +292,7 @@ class OneClassData(LightningDataModule):
     def train_dataloader(self) -> EpochImages:
         """The training images, without their truth."""
         pixels, index = self._stored("train")
-        images = Loader(pixels, index, self.prepare, self.batch_size, self._device())
+        images = Loader(pixels, index, self._as_seen, self.batch_size, self._device())
         return EpochImages(images, self.batch_size, seed=self._seed, epoch_steps=self._epoch_steps)
 
     def val_dataloader(self) -> list[Loader]:
@@ -283,23 +312,36 @@ class OneClassData(LightningDataModule):
         pixels, index = self._stored(part)
         truth = torch.from_numpy(self.partition.test_truth).to(pixels.device) if part == "test" else None
         at_once = self._score_batch_size or scored_at_once(self._device())
-        return Loader(pixels, index, self.prepare, at_once, self._device(), truth)
+        return Loader(pixels, index, self._as_seen, at_once, self._device(), truth)
 
     def prepared(self, part: Part, positions: Sequence[int] | None = None) -> Tensor:
-        """The prepared images of one part (or those at ``positions`` of it), float32 (N,C,S,S), on the CPU."""
-        index = getattr(self.partition, part)
-        chosen = torch.from_numpy(self.images.pixels[index if positions is None else index[list(positions)]])
-        return self.prepare.all(chosen, torch.device("cpu"))
+        """What a method sees of one part (or of those at ``positions`` of it), float32 (N,C,S,S), on the CPU."""
+        return whole(self._as_seen, self._kept(self._index(part, positions), CPU), CPU)
+
+    def displayable(self, part: Part, positions: Sequence[int]) -> Tensor:
+        """The images at ``positions`` of one part for figures, float32 (N,C,S,S) in [0, 1]."""
+        pixels = torch.from_numpy(self.images.pixels[self._index(part, positions)])
+        return self.prepare.displayable(self.prepare.image(pixels))
+
+    def _index(self, part: Part, positions: Sequence[int] | None = None) -> np.ndarray:
+        index: np.ndarray = getattr(self.partition, part)
+        return index if positions is None else index[list(positions)]
+
+    def _kept(self, index: np.ndarray, device: torch.device) -> Tensor:
+        """What is kept of the images at ``index``: pixels uint8 (N,C,H,W), or features made on ``device``."""
+        if self._features is not None:
+            return self._features(index, device)
+        return torch.from_numpy(self.images.pixels[index])
 
     def _device(self) -> torch.device:
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
     def _stored(self, part: Part) -> tuple[Tensor, Tensor]:
-        """Pixels uint8 (N,C,H,W) and index int64 (N,) of one part, on the device if they fit it."""
+        """Pixels uint8 (N,C,H,W) or features, and index int64 (N,) of one part, on the device if they fit it."""
         device = self._device()
         if (part, device) not in self._parts:
-            index = getattr(self.partition, part)
-            pixels = torch.from_numpy(self.images.pixels[index])
+            index = self._index(part)
+            pixels = self._kept(index, device)
             if device.type == "cuda" and pixels.nbytes < torch.cuda.mem_get_info(device)[0] / 2:
                 pixels = pixels.to(device)
             self._parts[part, device] = pixels, torch.from_numpy(index).to(pixels.device)

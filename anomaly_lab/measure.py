@@ -229,9 +229,10 @@ def draw(detector: Detector, data: OneClassData, score: np.ndarray, result: Mapp
         return
     x = data.prepared("test", chosen).to(detector.device)
     with torch.no_grad():
-        reconstruction, maps = detector.reconstruct(x), detector.anomaly_map(x)
+        maps = detector.anomaly_map(x)
+        reconstruction = detector.reconstruct(x) if data.prepare.features is None else None  # of features: no picture
     grid = figures.reconstruction_grid(
-        data.prepare.displayable(x).cpu().numpy(),
+        data.displayable("test", chosen).numpy(),
         None if reconstruction is None else data.prepare.displayable(reconstruction).cpu().numpy(),
         None if maps is None else maps.cpu().numpy(),
         score[chosen],

@@ -100,8 +100,10 @@ class FittedDetector:
 
     def displayable(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The images as the network sees them, in [0, 1], float32 (N,C,S,S): what `anomaly_map` lies over."""
-        found = self._each(self.prepare.displayable, images)
-        return np.zeros((0, *self.detector.image_shape), np.float32) if found is None else found
+        found = self._each(self.prepare.displayable, images, self.prepare.image)
+        size = self.prepare.size
+        empty = np.zeros((0, self.prepare.channels or self.stored_shape[0], size, size), np.float32)
+        return empty if found is None else found
 
     def _decisions(self, images: NDArray[np.uint8], scores: NDArray[np.float32]) -> NDArray[np.bool_] | None:
         own = self._each(self.detector.decide, images)
@@ -110,7 +112,12 @@ class FittedDetector:
         # In float64, as `anomaly_lab.metrics` compares them: a score at the threshold is normal there and here.
         return None if self.threshold is None else scores.astype(np.float64) > self.threshold
 
-    def _each(self, function: Callable[[Tensor], Tensor | None], images: NDArray[np.uint8]) -> NDArray[Any] | None:
+    def _each(
+        self,
+        function: Callable[[Tensor], Tensor | None],
+        images: NDArray[np.uint8],
+        prepare: Callable[[Tensor], Tensor] | None = None,
+    ) -> NDArray[Any] | None:
         """``function`` of the prepared images, batch by batch; None if it gives None, or if there are no images."""
         import torch
 
@@ -118,8 +125,8 @@ class FittedDetector:
 
         found = []
         with torch.no_grad(), numerics(self.result["config"]["trainer"]["precision"]):
-            for x in self._batches(images):
-                values = function(x)
+            for pixels in self._batches(images):
+                values = function((prepare or self.prepare)(pixels))
                 if values is None:
                     return None
                 values = values.detach().cpu()
@@ -127,7 +134,7 @@ class FittedDetector:
         return np.concatenate(found) if found else None
 
     def _batches(self, images: NDArray[np.uint8]) -> Iterator[Tensor]:
-        """float32 (B,C',S,S) on the device."""
+        """uint8 (B,C,H,W) on the device."""
         import torch
 
         from anomaly_lab.data import scored_at_once
@@ -148,7 +155,7 @@ class FittedDetector:
         at_once = scored_at_once(self.device)
         for start in range(0, len(images), at_once):
             pixels = torch.from_numpy(np.ascontiguousarray(images[start : start + at_once]))
-            yield self.prepare(pixels.to(self.device))
+            yield pixels.to(self.device)
 
 
 def load_run(
@@ -188,7 +195,7 @@ def load_run(
     config = result["config"]
     if data_dir is not None:
         config = config | {"model": _moved(config["model"], Path(config["data_dir"]), Path(data_dir))}
-    refuse_untrusted(config["model"]["detector"], trust, str(folder / "result.json"))
+    refuse_untrusted(config["model"], trust, str(folder / "result.json"))
     cfg = DictConfig(config)
     try:
         detector = make_networks(cfg, result["image_shape"])

@@ -1,4 +1,4 @@
-"""What a run folder may make this process call: its detector, and nothing else (docs/security.md).
+"""What a run folder may make this process call: its detector and its fixed features (docs/security.md).
 
 A configuration composed from yamls and a command line is its user's own program. One that lies in a run folder is data,
 whoever wrote it: Hydra would import and call whatever it names.
@@ -14,9 +14,9 @@ OURS = "anomaly_lab"
 
 
 def refuse_untrusted(saved: Any, trust: Sequence[str], where: str) -> None:
-    """Check the ``model.detector`` that a run folder has, before anything is made of it.
+    """Check the ``detector`` and the ``input.features`` of the ``model`` that a run folder has, before they are made.
 
-    Its class must be a `Detector` of this package or of a module in ``trust``. What it names for its arguments must be
+    The detector's class must be a `Detector` of this package or of a module in ``trust``. What else is named must be
     a network of this package, or anything that a module in ``trust`` defines itself. No other module is imported.
 
     Raises:
@@ -26,9 +26,12 @@ def refuse_untrusted(saved: Any, trust: Sequence[str], where: str) -> None:
 
     from anomaly_lab.detector import Detector
 
-    if not isinstance(saved, Mapping) or "_target_" not in saved:
+    detector, given = saved.get("detector"), saved.get("input")
+    features = given.get("features") if isinstance(given, Mapping) else None
+    if not isinstance(detector, Mapping) or "_target_" not in detector:
         raise ValueError(f"{where}: model.detector names no class: delete it and start the run again")
-    for key, target in _targets(saved, "model.detector"):
+    named = [*_targets(detector, "model.detector"), *_targets(features, "model.input.features")]
+    for key, target in named:
         module, _, name = target.rpartition(".") if isinstance(target, str) else ("", "", "")
         found: Any = None
         if _within(module, (OURS, *trust)):

@@ -96,7 +96,7 @@ EXPLOITS = {
 
 
 @pytest.mark.parametrize("exploit", EXPLOITS.values(), ids=EXPLOITS)
-@pytest.mark.parametrize("key", ["detector", "detector.features"])
+@pytest.mark.parametrize("key", ["detector", "detector.features", "input.features"])
 def test_what_a_run_folder_names_is_refused_before_anything_is_imported_or_called(
     named: Named, exploit: dict[str, Any], key: str, tmp_path: Path
 ) -> None:

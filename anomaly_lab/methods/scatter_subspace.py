@@ -1,0 +1,148 @@
+"""Two distances in one regularised metric over fixed features: to the mean and to the nearest normal images.
+
+Legend of the shape comments: B images in a batch, N images of a set, D = F·h·w features of an image, r axes,
+k neighbours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from anomaly_lab.detector import Detector
+
+HELD_OUT = 5
+"""One in so many training images is scored by a fit that has not seen it, for the scales of the terms."""
+
+ITERATIONS = 4
+"""Of the subspace iteration: the leading axes of log-scattering features are exact to three digits after two."""
+
+OVERSAMPLING = 32
+"""Axes that the subspace iteration follows beyond those that are kept."""
+
+
+class Metric(NamedTuple):
+    """The inverse of a regularised covariance: its leading axes, and one variance for all directions beyond them."""
+
+    mean: Tensor  # (D,)
+    axes: Tensor  # (D,r), each divided by the standard deviation that the metric gives it
+    directions: Tensor  # (D,r), orthonormal
+    beyond: Tensor  # (), variance
+
+    def place(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Whitened coordinates (B,r) of features x (B,D) and the squared length (B,) of what lies beyond the axes."""
+        x = x - self.mean
+        rest = (x.square().sum(1) - (x @ self.directions).square().sum(1)).clamp_min(0)
+        return x @ self.axes, rest / self.beyond
+
+
+class ScatterSubspace(Detector):
+    """How far an image's log-scattering features lie from the mean normal image, and from the k nearest ones.
+
+    With the mean m and the covariance C of the normal features phi in D dimensions, both distances are taken in
+
+        |v|_M^2 = v' (C + ridge tr(C)/D I)^-1 v,
+
+    of which the r leading axes of C are used and the variance beyond them is taken for isotropic, as in probabilistic
+    PCA (Tipping & Bishop 1999). The terms of the score are
+
+        gaussian:    |phi(x) - m|_M
+        neighbours:  mean of |phi(x) - phi(n)|_M over the k nearest normal images n
+
+    and the score adds, over the terms, -log p(t) with p the share of normal images that have at least t: normals that
+    were held out of a first fit say it, and beyond the farthest of them it falls exponentially. The two experts are
+    then fitted again to all normals. Nothing is learned by gradients, and no label is seen.
+
+    The features come from ``model.input.features``, `anomaly_lab.scattering.LogScattering` in the yaml; any others do.
+
+    Args:
+        axes: r, at most. ridge: share of the mean variance that is added to every direction's. neighbours: k.
+    """
+
+    mean: Tensor  # (D,)
+    axes: Tensor  # (D,r)
+    directions: Tensor  # (D,r)
+    beyond: Tensor  # ()
+    bank: Tensor  # (N,r)
+    bank_rest: Tensor  # (N,)
+    held_out: Tensor  # (T,V), each term of held-out normals, sorted
+    TERMS = ("gaussian", "neighbours")
+
+    def __init__(self, image_shape: Sequence[int], *, axes: int, ridge: float, neighbours: int) -> None:
+        super().__init__(image_shape)
+        if axes < 1 or neighbours < 1 or ridge <= 0:
+            raise ValueError(f"axes={axes}, ridge={ridge}, neighbours={neighbours}: give positive numbers")
+        self.rank, self.ridge, self.neighbours = axes, ridge, neighbours
+
+    def after_fit(self, images: Tensor) -> None:
+        x = images.flatten(1)
+        if len(x) < HELD_OUT * (self.neighbours + 1):
+            raise ValueError(f"{len(x)} training images are too few for neighbours={self.neighbours}")
+        out = torch.arange(len(x), device=x.device) % HELD_OUT == 0  # in an order that depends on their pixels alone
+        self._fit(x[~out])
+        parts = [self.terms(part) for part in x[out].split(1000)]
+        held_out = torch.stack([torch.cat([terms[name] for terms in parts]) for name in self.TERMS])
+        self.set_fitted("held_out", held_out.sort(1).values)
+        self._fit(x)
+
+    def _fit(self, x: Tensor) -> None:
+        mean = x.mean(0)
+        centred = x - mean
+        variances, directions = leading_axes(centred, self.rank, self.noise)
+        total, dimensions = centred.square().sum() / len(x), x.shape[1]
+        ridge = self.ridge * total / dimensions
+        beyond = (total - variances.sum()).clamp_min(0) / max(dimensions - len(variances), 1) + ridge
+        metric = Metric(mean, directions / (variances + ridge).sqrt(), directions, beyond)
+        bank, rest = metric.place(x)
+        for name, value in (*metric._asdict().items(), ("bank", bank), ("bank_rest", rest)):
+            self.set_fitted(name, value)
+
+    def terms(self, x: Tensor) -> Mapping[str, Tensor]:
+        place, rest = Metric(self.mean, self.axes, self.directions, self.beyond).place(x.flatten(1))
+        gaussian = place.square().sum(1) + rest
+        # What lies beyond the axes of two images is taken for orthogonal.
+        order = self.bank.square().sum(1) + self.bank_rest - 2 * place @ self.bank.T  # (B,N)
+        nearest = order.topk(self.neighbours, largest=False).values  # (B,k)
+        neighbours = (nearest + gaussian[:, None]).clamp_min(0).sqrt().mean(1)
+        return {"gaussian": gaussian.sqrt(), "neighbours": neighbours}
+
+    def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
+        return torch.stack([surprise(terms[name], self.held_out[i]) for i, name in enumerate(self.TERMS)]).sum(0)
+
+
+def surprise(values: Tensor, normal: Tensor) -> Tensor:
+    """-log of the share of normal images with at least that value, (B,), given the ``normal`` values (V,), sorted.
+
+    Between two of them it is interpolated, and beyond the last one it goes on as of an exponential distribution whose
+    mean excess is that of the upper tenth, so that no two values tie.
+    """
+    count = len(normal)
+    ranks = torch.arange(count, device=normal.device)
+    heights = -torch.log((count - ranks) / (count + 1))  # of the values themselves
+    upper = normal[-max(count // 10, 2) :]
+    excess = (upper.mean() - upper[0]).clamp_min(1e-6 * normal.abs().mean())
+    right = torch.searchsorted(normal, values.contiguous()).clamp(1, count - 1)
+    low, high = normal[right - 1], normal[right]
+    share = (values - low) / (high - low).clamp_min(1e-12)
+    inside = heights[right - 1] + share.clamp(0, 1) * (heights[right] - heights[right - 1])
+    below = (values - normal[0]).clamp_max(0) / excess  # a slope there too: no ties among the most normal
+    return inside + (values - normal[-1]).clamp_min(0) / excess + below * heights[0]
+
+
+def leading_axes(centred: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """The largest variances (r,) of centred x (N,D) and their directions (D,r); r is ``rank``, or all there are.
+
+    By subspace iteration from random directions (Halko, Martinsson & Tropp, SIAM Review 2011, algorithm 4.4).
+    """
+    count, dimensions = centred.shape
+    rank = min(rank, count - 1, dimensions)
+    width = min(rank + OVERSAMPLING, count, dimensions)
+    basis = torch.randn(dimensions, width, generator=generator, device=generator.device).to(centred.device)
+    for _ in range(ITERATIONS):
+        basis = torch.linalg.qr(centred.T @ (centred @ basis)).Q
+    places = centred @ basis  # (N,width)
+    variances, rotation = torch.linalg.eigh(places.T @ places / count)
+    return variances.flip(0)[:rank].clamp_min(0), (basis @ rotation.flip(1))[:, :rank].contiguous()
