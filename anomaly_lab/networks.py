@@ -6,11 +6,13 @@ K channels and s×s positions of pretrained features.
 
 from __future__ import annotations
 
+import copy
 import hashlib
+import itertools
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any, Literal, NamedTuple, get_args
 
@@ -46,6 +48,11 @@ def _extra(width: int, layers: int, activation: nn.Module) -> list[nn.Module]:
     ]
 
 
+def layer_norm(channels: int) -> nn.Module:
+    """Normalises each image by its own mean and variance over channels and positions (Ba et al. 2016)."""
+    return nn.GroupNorm(1, channels)
+
+
 class DCGANEncoder(nn.Sequential):
     """Strided 4×4 convolutions down to 4×4 pixels, then one to a code; batch norm on all but the first and the last.
 
@@ -53,17 +60,26 @@ class DCGANEncoder(nn.Sequential):
         channels: C of the image. size: S, a power of two from 8. width: channels after the first convolution, doubled
         by each further one. latent_size: d. tanh: bound the code to (-1, 1), else it is linear.
         extra_layers: 3×3 convolutions with batch norm behind the first convolution (GANomaly's ``extralayers``).
+        norm: what normalises so many channels; `layer_norm` in critics whose gradient is penalised image by image.
     """
 
     def __init__(
-        self, channels: int, size: int, width: int, latent_size: int, *, tanh: bool, extra_layers: int = 0
+        self,
+        channels: int,
+        size: int,
+        width: int,
+        latent_size: int,
+        *,
+        tanh: bool,
+        extra_layers: int = 0,
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
     ) -> None:
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 4, 2, 1, bias=False), nn.LeakyReLU(0.2)]
         layers += _extra(width, extra_layers, nn.LeakyReLU(0.2))
         for _ in range(_halvings(size) - 1):
             layers += [
                 nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False),
-                nn.BatchNorm2d(2 * width),
+                norm(2 * width),
                 nn.LeakyReLU(0.2),
             ]
             width *= 2
@@ -123,9 +139,18 @@ class DCGANDiscriminator(nn.Module):
     Args: as in `DCGANEncoder`.
     """
 
-    def __init__(self, channels: int, size: int, width: int, *, extra_layers: int = 0) -> None:
+    def __init__(
+        self,
+        channels: int,
+        size: int,
+        width: int,
+        *,
+        extra_layers: int = 0,
+        norm: Callable[[int], nn.Module] = nn.BatchNorm2d,
+    ) -> None:
         super().__init__()
-        *features, logit, flatten = DCGANEncoder(channels, size, width, 1, tanh=False, extra_layers=extra_layers)
+        encoder = DCGANEncoder(channels, size, width, 1, tanh=False, extra_layers=extra_layers, norm=norm)
+        *features, logit, flatten = encoder
         self.features = nn.Sequential(*features)
         self.logit = nn.Sequential(logit, flatten)
 
@@ -135,22 +160,69 @@ class DCGANDiscriminator(nn.Module):
         return self.logit(features).squeeze(1), features
 
 
+class LatentCritic(nn.Sequential):
+    """A multilayer perceptron from a code to one number: (B,d) -> (B,1)."""
+
+    def __init__(self, latent_size: int, widths: Sequence[int]) -> None:
+        layers: list[nn.Module] = []
+        for inputs, outputs in itertools.pairwise([latent_size, *widths]):
+            layers += [nn.Linear(inputs, outputs), nn.LeakyReLU(0.2)]
+        super().__init__(*layers, nn.Linear(widths[-1], 1))
+        for layer in (layer for layer in self if isinstance(layer, nn.Linear)):
+            nn.init.xavier_uniform_(layer.weight, nn.init.calculate_gain("leaky_relu", 0.2))
+        nn.init.xavier_uniform_(layer.weight)  # of the last, which no leaky ReLU follows
+
+
+class MovingAverage(nn.Module):
+    """A copy of a network whose weights are the exponential moving average of the network's, to score with.
+
+    Its weights are buffers: in every checkpoint, and no player's. Its own buffers (batch norm's statistics) are the
+    network's at the last `follow`.
+
+    Args:
+        decay: share of the average that a step keeps, in [0, 1).
+    """
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        super().__init__()
+        if not 0 <= decay < 1:
+            raise ValueError(f"a moving average keeps a share from 0 to below 1 of itself, not {decay}")
+        self.network, self.decay = copy.deepcopy(network), decay
+        freeze(self.network, persistent=True)
+
+    @torch.no_grad()
+    def follow(self, network: nn.Module) -> None:
+        """Move towards the weights that ``network`` has now."""
+        weights, others = dict(network.named_parameters()), dict(network.named_buffers())
+        for name, mine in self.network.named_buffers():
+            if name in weights:
+                mine.lerp_(weights[name], 1 - self.decay)
+            else:
+                mine.copy_(others[name])
+
+    def forward(self, *inputs: Tensor) -> Any:
+        return self.network(*inputs)
+
+
 # Pretrained features ------------------------------------------------------------------------------------------------
 
 
-def freeze(module: nn.Module) -> None:
+def freeze(module: nn.Module, *, persistent: bool = False) -> None:
     """Turn every parameter of a pretrained network into a buffer of the same name, in place.
 
-    So it follows ``.to()``, belongs to no player, is never trained and, as all the network's buffers from now on, is in
-    no checkpoint. Its output stays differentiable with respect to its input.
+    So it follows ``.to()``, belongs to no player and is never trained. Its output stays differentiable with respect to
+    its input.
+
+    Args:
+        persistent: whether checkpoints hold it, with all the network's buffers.
     """
     for part in module.modules():
         for name, parameter in list(part.named_parameters(recurse=False)):
             delattr(part, name)
-            part.register_buffer(name, parameter.detach(), persistent=False)
+            part.register_buffer(name, parameter.detach(), persistent=persistent)
         for name, buffer in list(part.named_buffers(recurse=False)):
             delattr(part, name)
-            part.register_buffer(name, buffer, persistent=False)
+            part.register_buffer(name, buffer, persistent=persistent)
 
 
 class _Cut(NamedTuple):

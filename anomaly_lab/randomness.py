@@ -43,6 +43,14 @@ class Randomness:
         if state is not None and state.shape == self.noise.get_state().shape:
             self.noise.set_state(state)
 
+    def normal(self, like: Tensor, size: int) -> Tensor:
+        """Codes from N(0, I), one for each image in ``like`` (B,...), on its device and of its type: (B,size)."""
+        return torch.randn(len(like), size, generator=self.noise, device=like.device, dtype=like.dtype)
+
+    def uniform(self, like: Tensor, size: int) -> Tensor:
+        """Codes from U(0, 1) likewise: (B,size)."""
+        return torch.rand(len(like), size, generator=self.noise, device=like.device, dtype=like.dtype)
+
     def begin_epoch(self, epoch: int) -> None:
         """Layers that draw from torch's global stream (dropout) draw the same in an epoch, resumed or not."""
         if self._seed is not None:

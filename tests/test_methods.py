@@ -21,6 +21,9 @@ from anomaly_lab.players import make_players, minimise
 SHRINK: dict[str, object] = {
     "model.detector.width": 4,
     "model.detector.critic_width": 4,
+    "model.detector.search_steps": 3,
+    "model.detector.starts": 2,
+    "model.detector.units": 4,
     "model.detector.encoder_widths": [4, 4, 4, 4],
     "model.detector.generator_widths": [4, 4, 4, 4],
     "model.detector.image_critic_widths": [4, 4, 4, 4],
@@ -34,7 +37,7 @@ SHRINK: dict[str, object] = {
 REDUCED = {
     *("detector.width", "detector.widths", "detector.critic_width", "budget.epochs", "budget.steps"),
     *(f"detector.{network}_widths" for network in ("encoder", "generator", "image_critic", "latent_critic")),
-    *(f"budget.stages.{stage}" for stage in ("pretrain", "detect", "retrain", "train")),
+    *(f"budget.stages.{stage}" for stage in ("pretrain", "detect", "retrain", "train", "gan", "encoder", "plain", "mined")),
     # What follows from fewer epochs.
     *(f"{key}.{rest}" for key in ("optimizer", "optimizer.autoencoder", "optimizer.svdd") for rest in ("lr",)),
     *(f"{key}.milestones" for key in ("scheduler", "scheduler.autoencoder", "scheduler.svdd")),
@@ -42,6 +45,9 @@ REDUCED = {
     "detector.inner",
     "detector.estimator_width",
     "input.size",
+    *(f"optimizer.{player}.lr" for player in ("critic", "generator", "encoder")),
+    *("detector.latent_size", "detector.critic_rounds", "detector.search_steps", "detector.starts"),
+    *("detector.units", "detector.average", "batch_size", "scheduler.step_size"),
 }
 """What a small size may reduce."""
 

@@ -26,6 +26,7 @@ from torchvision import models
 from torchvision.transforms.v2.functional import normalize
 
 from anomaly_lab import cli, config, load_run, networks
+from anomaly_lab.adversarial import gradient_penalty
 from anomaly_lab.build import make_detector
 from anomaly_lab.detector import Batch
 from anomaly_lab.methods import piad
@@ -184,7 +185,7 @@ def test_the_gradient_penalty_of_a_plane_is_known() -> None:
         critic = nn.Linear(6, 1).double()
         with torch.no_grad():
             critic.weight.copy_(torch.ones(1, 6) * length / 6**0.5)
-        found = piad.gradient_penalty(critic, torch.randn(5, 6, dtype=torch.float64))
+        found = gradient_penalty(critic, torch.randn(5, 6, dtype=torch.float64))
         assert found.item() == pytest.approx((length - 1) ** 2)
 
 

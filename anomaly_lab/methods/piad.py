@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from anomaly_lab.adversarial import gradient_penalty
 from anomaly_lab.detector import Batch, Detector
-from anomaly_lab.networks import PerceptualFeatures, channel_statistics
+from anomaly_lab.networks import LatentCritic, PerceptualFeatures, channel_statistics
 
 SLOPE = 0.2
 """Of every leaky ReLU."""
@@ -123,19 +124,6 @@ class ResidualGenerator(nn.Sequential):
         return super().forward(z)
 
 
-class LatentCritic(nn.Sequential):
-    """A multilayer perceptron from a code to one number: (B,d) -> (B,1)."""
-
-    def __init__(self, latent_size: int, widths: Sequence[int]) -> None:
-        layers: list[nn.Module] = []
-        for inputs, outputs in itertools.pairwise([latent_size, *widths]):
-            layers += [nn.Linear(inputs, outputs), nn.LeakyReLU(SLOPE)]
-        super().__init__(*layers, nn.Linear(widths[-1], 1))
-        for layer in (layer for layer in self if isinstance(layer, nn.Linear)):
-            nn.init.xavier_uniform_(layer.weight, nn.init.calculate_gain("leaky_relu", SLOPE))
-        nn.init.xavier_uniform_(layer.weight)  # of the last, which no leaky ReLU follows
-
-
 def init_residual(module: nn.Module) -> None:
     """He's normal initialisation for the leaky ReLU, by outgoing connections (He et al. 2015)."""
     if isinstance(module, nn.Conv2d):
@@ -157,14 +145,6 @@ def _levels(name: str, widths: Sequence[int], size: int) -> int:
 def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
     """``x`` itself, through which gradients come back multiplied by ``factor`` (a scalar)."""
     return x.detach() + factor * (x - x.detach())
-
-
-def gradient_penalty(critic: nn.Module, x: Tensor) -> Tensor:
-    """(|dD/dx| - 1)² of each image or code, its mean, a scalar (Gulrajani et al. 2017); x: (B,...)."""
-    x = x.detach().requires_grad_()
-    with torch.autocast(x.device.type, enabled=False):  # second derivatives in half precision are noise
-        (gradient,) = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
-    return (gradient.flatten(1).norm(dim=1) - 1).square().mean()
 
 
 class GradientBalance(nn.Module):
