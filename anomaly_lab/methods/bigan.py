@@ -1,0 +1,263 @@
+"""Bidirectional GANs, which learn an encoder beside the generator: EGBAD's BiGAN and ALAD (Zenati et al. 2018).
+
+Legend of the shape comments: B images, C channels, S = image size, d = latent size, K = units of a hidden layer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import spectral_norm
+
+from anomaly_lab.adversarial import bce
+from anomaly_lab.detector import Batch, Detector
+from anomaly_lab.networks import DCGANDecoder, DCGANDiscriminator, DCGANEncoder, MovingAverage
+
+DiscriminatorTerm = Literal["feature", "cross_entropy"]
+
+
+class JointDiscriminator(nn.Module):
+    """D_xz: does a pair of an image and a code come from the encoder, or from the generator?
+
+    Args:
+        width: channels after the first convolution of the image. units: K of the code; the pair has twice as many.
+        dropout: behind both dense layers.
+    """
+
+    def __init__(self, channels: int, size: int, width: int, latent_size: int, units: int, dropout: float) -> None:
+        super().__init__()
+        self.image = nn.Sequential(DCGANDiscriminator(channels, size, width).features, nn.Flatten())
+        self.code = nn.Sequential(nn.Linear(latent_size, units), nn.LeakyReLU(0.2), nn.Dropout(dropout))
+        wide = width * (size // 8) * 16  # of 4×4 positions
+        self.pair = nn.Sequential(nn.Linear(wide + units, 2 * units), nn.LeakyReLU(0.2), nn.Dropout(dropout))
+        self.logit = nn.Linear(2 * units, 1)
+
+    def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,C,S,S), (B,d) -> logits (B,), features (B,2K)"""
+        features = self.pair(torch.cat([self.image(x), self.code(z)], 1))
+        return self.logit(features).squeeze(1), features
+
+
+class Bidirectional(Detector):
+    """Encoder E, generator G, discriminator D_xz of pairs, and the averages of their weights that score.
+
+    Args:
+        width: channels of E and D_xz after their first convolution, of G before its last.
+        units: of D_xz's dense layers, see `JointDiscriminator`. dropout: in the discriminators.
+        latent_size: d.
+        average: decay of the moving averages of all networks' weights.
+    """
+
+    def __init__(
+        self, image_shape: Sequence[int], *, width: int, units: int, dropout: float, latent_size: int, average: float
+    ) -> None:
+        super().__init__(image_shape)
+        channels, size, _ = image_shape
+        self.latent_size, self.average = latent_size, average
+        self.encoder = DCGANEncoder(channels, size, width, latent_size, tanh=False)
+        self.generator = DCGANDecoder(channels, size, width, latent_size, nn.ReLU())
+        self.joint = JointDiscriminator(channels, size, width, latent_size, units, dropout)
+
+    def players(self) -> Mapping[str, Sequence[nn.Module]]:
+        return {"joint": [self.joint], "generator": [self.generator], "encoder": [self.encoder]}
+
+    def start_averages(self) -> None:
+        """Called by a constructor when all networks are there."""
+        followed = {name: MovingAverage(network, self.average) for name, [network] in self.players().items()}
+        self.averages = nn.ModuleDict(followed)
+
+    def follow(self) -> None:
+        """Called at the end of every step."""
+        for name, [network] in self.players().items():
+            average = self.averages[name]
+            assert isinstance(average, MovingAverage)
+            average.follow(network)
+
+    def pairs(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
+        """D_xz(x, E(x)) and D_xz(G(z), z), logits (B,) of images (B,C,S,S) and codes (B,d)."""
+        return self.joint(x, self.encoder(x))[0], self.joint(self.generator(z), z)[0]
+
+    def sample(self, x: Tensor) -> Tensor:
+        """As many codes from the prior N(0, I) as there are images: (B,C,S,S) -> (B,d)."""
+        return self.randomness.normal(x, self.latent_size)
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        return self.averages["generator"](self.averages["encoder"](x))
+
+
+class BiGAN(Bidirectional):
+    """EGBAD: a BiGAN, scored by its reconstruction and by its discriminator.
+
+    Zenati, Foo, Lecouat, Manek & Chandrasekhar, "Efficient GAN-based anomaly detection", 2018 (arXiv 1802.06222), on
+    Donahue et al. 2017, in the order of the authors' code (houssamzenati/Efficient-GAN-Anomaly-Detection@15568ab). With
+    z ~ N(0, I), three moves one after the other, each on a fresh pass:
+
+        L_D = BCE(D(x, E(x)), 1) + BCE(D(G(z), z), 0)
+        L_G = BCE(D(G(z), z), 1)
+        L_E = BCE(D(x, E(x)), 0)
+
+    and with x^ = G(E(x)), f the last hidden layer of D, and the moving averages of all weights,
+
+        A(x) = (1 - w) sum |x - x^|  +  w sum |f(x, E(x)) - f(x^, E(x))|      or      ... + w BCE(D(x, E(x)), 1)
+
+    *Where we differ from the authors' code:* the networks are DCGAN's at 32 pixels (theirs: three convolutions, and
+    dense layers of 1024, at 28); scores are not divided by their range over the test set. Their experiment has one
+    digit abnormal and reports the area under the precision-recall curve.
+
+    Args: as in `Bidirectional`, and
+        w_discriminator: w.
+        discriminator_term: ``feature`` or ``cross_entropy``; both are kept with a run's scores.
+    """
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        *,
+        width: int,
+        units: int,
+        dropout: float,
+        latent_size: int,
+        average: float,
+        w_discriminator: float,
+        discriminator_term: DiscriminatorTerm,
+    ) -> None:
+        super().__init__(
+            image_shape, width=width, units=units, dropout=dropout, latent_size=latent_size, average=average
+        )
+        if discriminator_term not in get_args(DiscriminatorTerm):
+            choices = " and ".join(get_args(DiscriminatorTerm))
+            raise ValueError(f"model.detector.discriminator_term={discriminator_term}: choose one of {choices}")
+        if not 0 <= w_discriminator <= 1:
+            raise ValueError(f"model.detector.w_discriminator={w_discriminator}: choose a number from 0 to 1")
+        self.w_discriminator, self.discriminator_term = w_discriminator, discriminator_term
+        self.start_averages()
+
+    def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
+        x, z = batch.x, self.sample(batch.x)
+        encoded, generated = self.pairs(x, z)
+        yield {"joint": bce(encoded, 1) + bce(generated, 0)}
+        yield {"generator": bce(self.joint(self.generator(z), z)[0], 1)}
+        yield {"encoder": bce(self.joint(x, self.encoder(x))[0], 0)}
+        self.follow()
+
+    def terms(self, x: Tensor) -> Mapping[str, Tensor]:
+        code = self.averages["encoder"](x)
+        rebuilt = self.averages["generator"](code)
+        logit, features = self.averages["joint"](x, code)
+        _, again = self.averages["joint"](rebuilt, code)
+        return {
+            "residual": (x - rebuilt).abs().flatten(1).sum(1),
+            "feature": (features - again).abs().sum(1),
+            "cross_entropy": F.softplus(-logit),
+        }
+
+    def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
+        w = self.w_discriminator
+        return (1 - w) * terms["residual"] + w * terms[self.discriminator_term]
+
+
+class ALAD(Bidirectional):
+    """Adversarially learned anomaly detection: a BiGAN with two more discriminators, of the cycles x -> x and z -> z.
+
+    Zenati, Romain, Foo, Lecouat & Chandrasekhar, "Adversarially learned anomaly detection", ICDM 2018 (arXiv
+    1812.02288), in the order and with the constants of the authors' code for CIFAR-10 (houssamzenati/
+    Adversarially-Learned-Anomaly-Detection@1f1c310), all that the paper has switched on. With x^ = G(E(x)),
+    z^ = E(G(z)) and z ~ N(0, I), the three discriminators move together, then, on another batch, G and E together:
+
+        D_xz   BCE(D_xz(x, E(x)), 1) + BCE(D_xz(G(z), z), 0)
+        D_xx   BCE(D_xx(x, x), 1) + BCE(D_xx(x, x^), 0)          D_zz   BCE(D_zz(z, z), 1) + BCE(D_zz(z, z^), 0)
+        cycle  BCE(D_xx(x, x), 0) + BCE(D_xx(x, x^), 1) + BCE(D_zz(z, z), 0) + BCE(D_zz(z, z^), 1)
+        G      BCE(D_xz(G(z), z), 1) + cycle                    E      BCE(D_xz(x, E(x)), 0) + cycle
+
+    E and the discriminators have spectral norm; D_xx sees its two images one above the other. With f the features of
+    D_xx, and the moving averages of all weights, the anomaly score is A(x) = sum |f(x, x) - f(x, x^)|.
+
+    *Where we differ from the authors' code:* the kernels of G, E and D_xz are DCGAN's; the averages are taken after a
+    move (theirs together with it); training ends after its budget (theirs when the score of held-out normals has not
+    fallen for ten epochs, and it then tests the last weights, not those of the best epoch).
+
+    Args: as in `Bidirectional`.
+    """
+
+    def __init__(
+        self, image_shape: Sequence[int], *, width: int, units: int, dropout: float, latent_size: int, average: float
+    ) -> None:
+        super().__init__(
+            image_shape, width=width, units=units, dropout=dropout, latent_size=latent_size, average=average
+        )
+        self.images = PairOfImages(image_shape[0], image_shape[1], max(width // 2, 1), dropout)
+        self.codes = PairOfCodes(latent_size, dropout)
+        for network in (self.encoder, self.joint, self.images, self.codes):
+            for layer in list(network.modules()):
+                if isinstance(layer, nn.Conv2d | nn.Linear):
+                    spectral_norm(layer)
+        self.start_averages()
+
+    def players(self) -> Mapping[str, Sequence[nn.Module]]:
+        return {**super().players(), "images": [self.images], "codes": [self.codes]}
+
+    def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
+        x, z = batch.x, self.sample(batch.x)
+        encoded, generated = self.pairs(x, z)
+        (same_x, cycled_x), (same_z, cycled_z) = self.cycles(x, z)
+        yield {
+            "joint": bce(encoded, 1) + bce(generated, 0),
+            "images": bce(same_x, 1) + bce(cycled_x, 0),
+            "codes": bce(same_z, 1) + bce(cycled_z, 0),
+        }
+        x = self.next_batch().x
+        z = self.sample(x)
+        encoded, generated = self.pairs(x, z)
+        (same_x, cycled_x), (same_z, cycled_z) = self.cycles(x, z)
+        cycle = bce(same_x, 0) + bce(cycled_x, 1) + bce(same_z, 0) + bce(cycled_z, 1)
+        yield {"generator": bce(generated, 1) + cycle, "encoder": bce(encoded, 0) + cycle}
+        self.follow()
+
+    def cycles(self, x: Tensor, z: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+        """Logits (B,) of D_xx(x, x), D_xx(x, x^) and of D_zz(z, z), D_zz(z, z^)."""
+        rebuilt, recoded = self.generator(self.encoder(x)), self.encoder(self.generator(z))
+        of_images = self.images(x, x)[0], self.images(x, rebuilt)[0]
+        return of_images, (self.codes(z, z), self.codes(z, recoded))
+
+    def terms(self, x: Tensor) -> Mapping[str, Tensor]:
+        rebuilt, discriminator = self.reconstruct(x), self.averages["images"]
+        gap = discriminator(x, x)[1] - discriminator(x, rebuilt)[1]
+        return {"feature": gap.abs().sum(1), "residual": (x - rebuilt).abs().flatten(1).sum(1)}
+
+    def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
+        return terms["feature"]
+
+
+class PairOfImages(nn.Module):
+    """D_xx: is the second image the first one, or its reconstruction? Two 5×5 convolutions of stride 2, and a logit."""
+
+    def __init__(self, channels: int, size: int, width: int, dropout: float) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((channels, width), (width, 2 * width)):
+            layers += [nn.Conv2d(inputs, outputs, 5, 2, 2), nn.LeakyReLU(0.2), nn.Dropout(dropout)]
+        self.features = nn.Sequential(*layers, nn.Flatten())
+        self.logit = nn.Linear(2 * width * 2 * (size // 4) ** 2, 1)
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """(B,C,S,S), (B,C,S,S) -> logits (B,), features (B,-)"""
+        features = self.features(torch.cat([x, y], 2))
+        return self.logit(features).squeeze(1), features
+
+
+class PairOfCodes(nn.Sequential):
+    """D_zz: is the second code the first one, or that of the generated image? Dense layers of 64 and 32 units."""
+
+    def __init__(self, latent_size: int, dropout: float) -> None:
+        layers: list[nn.Module] = []
+        for inputs, outputs in ((2 * latent_size, 64), (64, 32)):
+            layers += [nn.Linear(inputs, outputs), nn.LeakyReLU(0.2), nn.Dropout(dropout)]
+        super().__init__(*layers, nn.Linear(32, 1))
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
+        """(B,d), (B,d) -> logits (B,)"""
+        return super().forward(torch.cat([x, y], 1)).squeeze(1)

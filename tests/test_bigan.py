@@ -1,0 +1,146 @@
+"""BiGAN and ALAD: losses, the order of the moves, the averages that score, and spectral norm."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+from games import moved
+from test_methods import batch, detector, images
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from anomaly_lab.detector import Batch
+from anomaly_lab.methods.bigan import ALAD, Bidirectional, BiGAN
+from anomaly_lab.networks import DCGANEncoder, MovingAverage
+from anomaly_lab.players import make_players, minimise
+
+SMALL = ["model.detector.units=8", "model.detector.latent_size=6", "model.detector.dropout=0"]
+
+
+def bidirectional(model: str, *overrides: str) -> Bidirectional:
+    made = detector(model, *SMALL, *overrides)
+    assert isinstance(made, Bidirectional)
+    made.start_averages()  # of what the networks are now
+    made.next_batch = lambda: Batch(images(seed=1).to(made.encoder[0].weight), torch.arange(8))  # type: ignore[method-assign]
+    return made
+
+
+def game(real: Tensor, fake: Tensor) -> Tensor:
+    return softplus(-real).mean() + softplus(fake).mean()
+
+
+def test_who_moves_in_which_play() -> None:
+    alone = [({name}, {name}) for name in ("joint", "generator", "encoder")]
+    assert moved(bidirectional("bigan")) == alone
+    first, second = {"joint", "images", "codes"}, {"generator", "encoder"}
+    assert moved(bidirectional("alad")) == [(first, first), (second, second)]
+
+
+def test_the_losses_of_bigan_are_the_papers() -> None:
+    made, x = bidirectional("bigan").double(), images().double()
+    made.randomness.restart(3, made.device)
+    players = make_players(made.players(), functools.partial(torch.optim.SGD, lr=0.1))
+    z = torch.randn(8, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    e, g, d = made.encoder, made.generator, made.joint
+    plays = made.plays(batch()._replace(x=x))
+    for expected in (
+        lambda: game(d(x, e(x))[0], d(g(z), z)[0]),
+        lambda: softplus(-d(g(z), z)[0]).mean(),
+        lambda: softplus(d(x, e(x))[0]).mean(),
+    ):
+        losses = next(plays)
+        [loss] = losses.values()
+        torch.testing.assert_close(loss, expected())
+        minimise(losses, players)
+
+
+def test_the_losses_of_alad_are_the_papers_and_g_and_e_meet_another_batch() -> None:
+    made = bidirectional("alad").eval()  # spectral norm iterates in train mode, so that no two passes are alike
+    made.randomness.restart(3, made.device)
+    generator = torch.Generator().manual_seed(3)
+    e, g, d_xz, d_xx, d_zz = made.encoder, made.generator, made.joint, made.images, made.codes  # type: ignore[attr-defined]
+    plays = made.plays(batch())
+    x, z = images(), torch.randn(8, 6, generator=generator)
+    first = next(plays)
+    torch.testing.assert_close(first["joint"], game(d_xz(x, e(x))[0], d_xz(g(z), z)[0]))
+    torch.testing.assert_close(first["images"], game(d_xx(x, x)[0], d_xx(x, g(e(x)))[0]))
+    torch.testing.assert_close(first["codes"], game(d_zz(z, z), d_zz(z, e(g(z)))))
+    x, z = images(seed=1), torch.randn(8, 6, generator=generator)
+    second = next(plays)
+    cycle = game(d_xx(x, g(e(x)))[0], d_xx(x, x)[0]) + game(d_zz(z, e(g(z))), d_zz(z, z))
+    torch.testing.assert_close(second["generator"], softplus(-d_xz(g(z), z)[0]).mean() + cycle)
+    torch.testing.assert_close(second["encoder"], softplus(d_xz(x, e(x))[0]).mean() + cycle)
+
+
+def test_scores_are_taken_with_the_averages() -> None:
+    x = images()
+    made = bidirectional("bigan", "model.detector.w_discriminator=0.3").eval()
+    assert isinstance(made, BiGAN)
+    e, g, d = made.encoder, made.generator, made.joint
+    code = e(x)
+    logit, features = d(x, code)
+    residual = (x - g(code)).abs().sum(dim=(1, 2, 3))
+    feature = (features - d(g(code), code)[1]).abs().sum(dim=1)
+    torch.testing.assert_close(made.score(x), 0.7 * residual + 0.3 * feature)
+    made.discriminator_term = "cross_entropy"
+    torch.testing.assert_close(made.score(x), 0.7 * residual - 0.3 * torch.sigmoid(logit).log())
+
+    alad = bidirectional("alad").eval()
+    assert isinstance(alad, ALAD)
+    gap = alad.images.features(torch.cat([x, x], 2))
+    gap = gap - alad.images.features(torch.cat([x, alad.generator(alad.encoder(x))], 2))
+    torch.testing.assert_close(alad.score(x), gap.abs().sum(dim=1))
+    before = alad.score(x)
+    with torch.no_grad():
+        for parameter in alad.parameters():
+            parameter.add_(1.0)
+    assert torch.equal(alad.score(x), before), "the weights that are trained have no say before a step ends"
+
+
+@pytest.mark.parametrize("model", ["bigan", "alad"])
+def test_a_step_ends_with_the_averages(model: str) -> None:
+    made = bidirectional(model, "model.detector.average=0.9")
+    first = {name: p.detach().clone() for name, p in made.named_parameters()}
+    players = make_players(made.players(), functools.partial(torch.optim.SGD, lr=0.5))
+    for losses in made.plays(batch()):
+        minimise(losses, players)
+    for player, [network] in made.players().items():
+        average = dict(made.averages[player].network.named_buffers())  # type: ignore[union-attr, operator]
+        for name, parameter in network.named_parameters():
+            torch.testing.assert_close(average[name], 0.9 * first[f"{player}.{name}"] + 0.1 * parameter)
+        for name, buffer in network.named_buffers():
+            assert torch.equal(average[name], buffer), name
+
+
+def test_a_moving_average_is_in_the_checkpoint_and_no_players() -> None:
+    average = MovingAverage(DCGANEncoder(1, 16, 4, 3, tanh=False), 0.5)
+    assert not list(average.parameters())
+    assert {f"network.{name}" for name in average.network.state_dict()} == set(average.state_dict()) != set()
+    with pytest.raises(ValueError, match="keeps a share from 0 to below 1 of itself, not 1"):
+        MovingAverage(DCGANEncoder(1, 16, 4, 3, tanh=False), 1)
+
+
+def test_spectral_norm_bounds_the_discriminators_and_the_encoder_of_alad() -> None:
+    made = bidirectional("alad")
+    assert isinstance(made, ALAD)
+    for _ in range(20):  # power iterations
+        list(made.plays(batch()))
+    for network in (made.encoder, made.joint, made.images, made.codes):
+        layers = [layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)]
+        for layer in layers:
+            assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, rel=0.1)
+    assert all(not hasattr(layer, "parametrizations") for layer in made.generator)
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("model.detector.discriminator_term=l2", "discriminator_term=l2: choose one of feature and cross_entropy"),
+        ("model.detector.w_discriminator=-1", "w_discriminator=-1: choose a number from 0 to 1"),
+    ],
+)
+def test_a_wrong_option_is_named_with_the_right_ones(override: str, message: str) -> None:
+    with pytest.raises(Exception, match=message):
+        detector("bigan", override)
