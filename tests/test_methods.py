@@ -37,7 +37,8 @@ SHRINK: dict[str, object] = {
 REDUCED = {
     *("detector.width", "detector.widths", "detector.critic_width", "budget.epochs", "budget.steps"),
     *(f"detector.{network}_widths" for network in ("encoder", "generator", "image_critic", "latent_critic")),
-    *(f"budget.stages.{stage}" for stage in ("pretrain", "detect", "retrain", "train", "gan", "encoder", "plain", "mined")),
+    *(f"budget.stages.{stage}" for stage in ("pretrain", "detect", "retrain", "train")),
+    *(f"budget.stages.{stage}" for stage in ("gan", "encoder", "plain", "mined")),
     # What follows from fewer epochs.
     *(f"{key}.{rest}" for key in ("optimizer", "optimizer.autoencoder", "optimizer.svdd") for rest in ("lr",)),
     *(f"{key}.milestones" for key in ("scheduler", "scheduler.autoencoder", "scheduler.svdd")),
