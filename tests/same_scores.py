@@ -2,8 +2,8 @@
 
     python tests/same_scores.py BEFORE [AFTER]      git revisions; AFTER is the working tree unless given
 
-Both sides train on the embedded digits, on one CPU thread, in a process of their own. Exit code 1 and the names of the
-methods if anything differs. Methods that only one side has are named and not compared.
+Both sides train the methods that both have, on the embedded digits, on one CPU thread, each in a process of its own.
+Compared is every array of scores.npz that both sides write. Exit code 1 and the names of the methods if any differs.
 """
 
 from __future__ import annotations
@@ -19,8 +19,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
+
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -40,10 +42,8 @@ shrink = {
     "detector.features.path": "null", "detector.features.sha256": "null",
 }
 out, size = Path(sys.argv[1]), ["size=full"] if "\\nsize:" in (config.CONFIG_DIR / "train.yaml").read_text() else []
-for path in sorted((config.CONFIG_DIR / "model").glob("*.yaml")):
-    if path.stem.endswith("_small"):
-        continue
-    given = [f"model={path.stem}", *size]
+for method in sys.argv[2:]:
+    given = [f"model={method}", *size]
     model = config.compose(given).model
     short = [f"model.{key}={value}" for key, value in shrink.items() if OmegaConf.select(model, key) is not None]
     if OmegaConf.select(model, "detector.features") is not None:
@@ -53,8 +53,8 @@ for path in sorted((config.CONFIG_DIR / "model").glob("*.yaml")):
     short += [f"model.budget.{epochs}", "model.budget.epoch_steps=4"] + ["model.budget.steps=null"] * (not stages)
     cfg = config.compose([*given, *short, "dataset=digits", "split=pooled", "normal_class=3", "seed=1",
         "split.contamination.rate=0.05", "trainer.accelerator=cpu", "trainer.threads=1", "trainer.progress=false",
-        "logger=none", f"runs={out / path.stem}", f"data_dir={out}"])
-    print(path.stem, run(cfg)["metrics"]["auroc"], flush=True)
+        "logger=none", f"runs={out / method}", f"data_dir={out}"])
+    print(method, run(cfg)["metrics"]["auroc"], flush=True)
 """
 
 
@@ -73,13 +73,24 @@ def checkout(revision: str | None) -> Iterator[Path]:
             subprocess.run(["git", "worktree", "remove", "--force", place], cwd=ROOT, check=True)
 
 
-def scores(revision: str | None, out: Path) -> dict[str, str]:
-    """SHA-256 of scores.npz by method."""
+def methods(revision: str | None) -> set[str]:
+    """The names of the methods that a revision has a full-size config of."""
+    with checkout(revision) as tree:
+        return {path.stem for path in (tree / "conf/model").glob("*.yaml") if not path.stem.endswith("_small")}
+
+
+def scores(revision: str | None, out: Path, methods: Sequence[str]) -> dict[str, dict[str, str]]:
+    """SHA-256 of the bytes of each array of scores.npz, by method."""
     with checkout(revision) as tree:
         environment = {**os.environ, "PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        subprocess.run([sys.executable, "-c", PROGRAM, out], cwd=out, env=environment, check=True, stdout=sys.stderr)
-    found = {path.relative_to(out).parts[0]: path for path in out.rglob("scores.npz")}
-    return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in sorted(found.items())}
+        command = [sys.executable, "-c", PROGRAM, out, *methods]
+        subprocess.run(command, cwd=out, env=environment, check=True, stdout=sys.stderr)
+    found: dict[str, dict[str, str]] = {}
+    for path in sorted(out.rglob("scores.npz")):
+        with np.load(path) as arrays:
+            sums = {name: hashlib.sha256(arrays[name].tobytes()).hexdigest() for name in arrays.files}
+        found[path.relative_to(out).parts[0]] = sums
+    return found
 
 
 def main() -> int:
@@ -91,18 +102,22 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         for name in ("before", "after"):
             Path(folder, name).mkdir()
+        both = sorted(methods(asked.before) & methods(asked.after))
         if asked.keep and asked.keep.exists():
             before = json.loads(asked.keep.read_text())
         else:
-            before = scores(asked.before, Path(folder, "before"))
+            before = scores(asked.before, Path(folder, "before"), both)
             if asked.keep:
                 asked.keep.write_text(json.dumps(before, indent=1))
-        after = scores(asked.after, Path(folder, "after"))
-    for name in sorted(before.keys() | after.keys()):
-        both = name in before and name in after
-        print(f"{name:<28}{('equal' if before[name] == after[name] else 'DIFFERENT') if both else 'on one side only'}")
-    different = [name for name in before.keys() & after.keys() if before[name] != after[name]]
-    print(f"{len(before.keys() & after.keys())} methods compared, {len(different)} different")
+        after = scores(asked.after, Path(folder, "after"), both)
+    different = []
+    for name in both:
+        shared = before[name].keys() & after[name].keys()
+        assert {"score", "val_score", "truth", "index"} <= shared
+        unequal = sorted(key for key in shared if before[name][key] != after[name][key])
+        different += [name] * bool(unequal)
+        print(f"{name:<28}{'DIFFERENT: ' + ', '.join(unequal) if unequal else f'equal: {len(shared)} arrays'}")
+    print(f"{len(both)} methods compared, {len(different)} different")
     return 1 if different else 0
 
 
