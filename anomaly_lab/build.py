@@ -164,7 +164,7 @@ class _LastCheckpoint(Checkpoint):
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         assert isinstance(pl_module, Detector)
         history = pl_module.course.history
-        watched = bool(history) and all("oracle_auroc" in row for row in history)  # when nobody watches now, too
+        watched = bool(history) and all("oracle_auroc" in row for row in history)  # also if this attempt does not watch
         checkpoint["settings"], checkpoint["watched"] = dict(self._settings), self._watched or watched
         checkpoint["code"] = self._code
 
@@ -184,13 +184,13 @@ class _LastCheckpoint(Checkpoint):
 
 
 class _Turns(Callback):
-    """Lets the runs that share this process work while this one would wait (`anomaly_lab.turns`)."""
+    """Gives other runs of this process their turns where this one would wait (`anomaly_lab.turns`)."""
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         turns.settle(pl_module.device)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        turns.settle(pl_module.device)  # before values are read, which would block without letting others work
+        turns.settle(pl_module.device)  # reading values would block the other runs
 
     def on_validation_batch_end(self, *_: Any) -> None:
         turns.pass_on()

@@ -103,7 +103,7 @@ def _of_size(full: Any, small: Any, *, _root_: DictConfig) -> Any:
     return full if _size(_root_) == "full" else small
 
 
-OmegaConf.register_new_resolver("size", _of_size, replace=True)  # whoever composes or makes a run imports this module
+OmegaConf.register_new_resolver("size", _of_size, replace=True)  # composing and making runs import this module
 
 
 def search_path() -> list[str]:
@@ -137,7 +137,7 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
 def compose_all(jobs: Iterable[Sequence[str]]) -> Iterator[DictConfig]:
     """What `compose` gives for each of ``jobs``; those that differ in class and seed alone are composed once.
 
-    Composing takes a tenth of a second, which a table of three hundred runs would pay three hundred times.
+    Composing takes a tenth of a second: half a minute for a table of three hundred runs.
     """
     parser = OverridesParser.create()
     composed: dict[tuple[str, ...], DictConfig] = {}
@@ -188,7 +188,7 @@ class Sweep(NamedTuple):
 
     runs: Path
     grid: dict[str, Any]  # an experiment's own, or a search's space
-    chooses_points: bool  # while it runs: nobody can list the jobs of such a sweeper before
+    chooses_points: bool  # while it runs, so its jobs cannot be listed beforehand
 
 
 def sweep(overrides: Sequence[str]) -> Sweep:
@@ -347,7 +347,7 @@ def _protocol(split: str) -> Split:
 
 
 def protocol(cfg: DictConfig) -> Split:
-    """The split of ``cfg``, which never changes: one object a process, however often it is asked for."""
+    """The split of ``cfg``; one immutable object a process."""
     return _protocol(json.dumps(OmegaConf.to_container(cfg.split, resolve=True)))
 
 
@@ -404,7 +404,7 @@ class Job:
         return self.out.relative_to(self.cfg.runs).as_posix()
 
     def refuse_other_settings(self, kept: Mapping[str, Any]) -> None:
-        """A run's name follows from the defaults of its groups; whoever edits those must not get the old result.
+        """A run's name follows from the defaults of its groups; after an edit of those its old result is not its own.
 
         Raises:
             ValueError: what lies in the folder was made with other settings (``kept``).

@@ -20,7 +20,7 @@ class RunFailed(ValueError):
 
 
 class Terminated(SystemExit):
-    """SIGTERM ended the run, which goes on after its last whole epoch when it is started again."""
+    """SIGTERM ended the run; started again, it resumes after its last whole epoch."""
 
     def __init__(self, code: int = TERMINATED) -> None:
         super().__init__(code)
@@ -28,7 +28,7 @@ class Terminated(SystemExit):
 
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
-    """SIGTERM as `Terminated` in the main thread during the block, where nobody else answers it."""
+    """Raise `Terminated` in the main thread on SIGTERM during the block, unless another handler is set in it."""
 
     def end(number: int, frame: object) -> None:
         raise Terminated
@@ -53,7 +53,7 @@ def exit_code(error: Exception) -> int:
 
 def explained(error: Exception) -> str | None:
     """A user's mistake in one line that says what to do; None for a fault of ours, which keeps its traceback."""
-    # Late: whoever only shows its help has no configuration to be wrong.
+    # Late: --help needs no configuration.
     from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whatever happens while they are written, and locks that die with their process."""
+"""Files are written whole or not at all, and locks end with their process."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ UNWRITABLE = {
 def write_whole(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let ``write`` fill a neighbour of ``path``, then rename it; the folder is made where it is missing.
 
-    The neighbour's name is its own, for processes on several machines may be writing the same file. What a killed
-    process leaves of it goes with `remove_parts`.
+    The neighbour's name is unique, for processes on several machines may write the same file. `remove_parts` removes
+    what a killed process leaves.
 
     Raises:
-        OSError: it cannot be written; the file named is ``path``, which is as it was.
+        OSError: it cannot be written; names ``path``, whose content is unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -61,7 +61,7 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
 
 
 def remove_parts(folder: Path) -> None:
-    """Remove what killed processes left of `write_whole` in ``folder`` and below. Nobody may be writing there."""
+    """Remove what killed processes left of `write_whole` in ``folder`` and below. No process may be writing there."""
     for part in folder.rglob(".*.part"):
         part.unlink(missing_ok=True)
 
@@ -85,8 +85,8 @@ def take_lock(file: IO[Any] | int, *, wait: bool = False) -> bool:
 def is_locked(path: Path) -> bool:
     """Whether a process holds the lock on the file ``path``; False where there is no such file, or no locks.
 
-    Asked by taking the lock, shared and without waiting, and releasing it at once. Locks of other machines are seen
-    only where the file system passes flock on.
+    It takes the lock, shared and without waiting, and releases it at once. Locks of other machines are seen only
+    where the file system passes flock on.
     """
     try:
         file = open(path, "rb")  # noqa: SIM115
@@ -105,10 +105,10 @@ def is_locked(path: Path) -> bool:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[bool]:
-    """Whether this process has ``folder``, which is made, for itself during the block: the lock on its ``.lock``.
+    """Make ``folder`` and lock its ``.lock`` during the block; False if another process has the lock.
 
-    The owner of the lock removes what killed processes left half-written. Where the file system has no locks a
-    warning says so and the answer is True.
+    The owner removes what killed processes left half-written. Where the file system has no locks a warning says so
+    and the answer is True.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
@@ -117,7 +117,7 @@ def locked(folder: Path) -> Iterator[bool]:
             if not mine:
                 time.sleep(0.2)  # `is_locked` may have asked in this very moment
                 mine = take_lock(file)
-        except OSError as error:  # the parts stay: without a lock they might be somebody's
+        except OSError as error:  # the parts stay: without a lock another process may be writing them
             log.warning("%s cannot be locked (%s): take care that nobody else makes the same run", folder, error)
             yield True
             return

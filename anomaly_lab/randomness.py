@@ -14,7 +14,7 @@ def stream(seed: int, purpose: str) -> int:
 
 
 class Randomness:
-    """A detector's random numbers, which go on after a resume as if nothing had been in between.
+    """A detector's random numbers. A resumed run continues their streams.
 
     Attributes:
         noise: the generator of a method's own noise, on the detector's device.
@@ -23,7 +23,7 @@ class Randomness:
     def __init__(self) -> None:
         self.noise = torch.Generator()
         self._seed: int | None = None
-        self._state: Tensor | None = None  # a checkpoint's, until it is known on which device it continues
+        self._state: Tensor | None = None  # a checkpoint's, until the device is known
 
     def follow(self, seed: int) -> None:
         """Derive everything from a run's seed: the method's own noise, and in each epoch torch's global stream."""
@@ -35,11 +35,11 @@ class Randomness:
         self.noise = torch.Generator(device).manual_seed(seed)
 
     def settle(self, device: torch.device) -> None:
-        """Go on, on ``device``, where the loaded checkpoint ended."""
+        """Continue, on ``device``, where the loaded checkpoint ended."""
         if self.noise.device.type != device.type:
             self.restart(self.noise.initial_seed(), device)
         state, self._state = self._state, None
-        # The streams of CPU and GPU differ: on another kind of device a resumed run starts its stream anew.
+        # CPU and GPU generators have different states: on the other kind of device the stream starts anew.
         if state is not None and state.shape == self.noise.get_state().shape:
             self.noise.set_state(state)
 

@@ -50,7 +50,7 @@ def run(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> dict[str, Any] |
         Diverged: training left the finite numbers.
         OutOfMemory: the device's memory, or the machine's, is too small.
 
-    Whatever ends a started run, except a signal, is recorded in ``failure.json``.
+    ``failure.json`` records what ended a started run, signals excepted.
     """
     job = config.job(cfg)
     result = job.finished()

@@ -1,15 +1,14 @@
 """Protocols: who is normal, what trains, what is held out, what tests.
 
-A `Split` is a frozen set of parameters and a pure function of (images, class, seed): the same arguments
-give the same `Partition` on every machine, for ever. Each protocol has a name and a version; a change that
-could move a single image must raise the version.
+A `Split` is a frozen set of parameters and a pure function of (images, class, seed): the same arguments give the same
+`Partition` on every machine and in every later release. A change that could move a single image must raise the
+protocol's version.
 
-Every random choice is drawn class by class, from a stream of that class's own: NumPy's `RandomState` (whose
-streams are frozen, unlike those of `Generator`) seeded with the SHA-256 of
-"protocol/version/purpose/seed/class name". What is drawn for a class therefore does not depend on which
-other classes a file holds.
+Every random choice is drawn class by class, from NumPy's `RandomState` (its streams are frozen, unlike `Generator`'s)
+seeded with the SHA-256 of "protocol/version/purpose/seed/class name". So a draw for one class does not depend on
+which other classes a file holds.
 
-The order in which things happen is the same for all protocols:
+All protocols follow the same order:
 
 1. the protocol cuts the images of the normal and of the anomalous classes into a training and a test part;
 2. `max_train` thins the normals of the training part;
@@ -84,9 +83,8 @@ class Contamination:
 class Split(ABC):
     """One protocol with its parameters.
 
-    `contamination` may be given as a mapping. `max_train` and `max_test` cap the numbers of training
-    normals and of test images; they keep the shares of the classes and at least one image of each where
-    that is possible. `seed` None means the seed of the run.
+    `contamination` may be a mapping. `max_train` and `max_test` cap the numbers of training normals and of test
+    images, keeping the classes' shares and, where possible, an image of each. `seed` None is the run's seed.
     """
 
     contamination: Contamination = field(default_factory=Contamination)
@@ -164,8 +162,8 @@ class Split(ABC):
     def resolve(self, images: Images, named: str | int) -> int:
         """Index of the class that was named by its name or its zero-based index.
 
-        An int is always an index. A string is a name first and an index when no class has that name, so "3"
-        among the digits is both at once. Raises ValueError with the valid classes.
+        An int is always an index; a string is a name, or an index where no class has that name. Raises ValueError
+        with the valid classes.
         """
         index = self._index(images, named)
         if index is None or index not in self.targets(images):
@@ -211,7 +209,7 @@ class Split(ABC):
         return f"split={self.name} of {images.name} has no class {named!r}: choose name or index among {valid}"
 
     def _keys(self, images: Images, indices: Indices, purpose: str, seed: int) -> NDArray[np.float64]:
-        """One uniform number for each image; drawn by class, see the head of this file."""
+        """One uniform number for each image, drawn by class."""
         keys = np.empty(len(indices))
         labels = images.labels[indices]
         for label in np.unique(labels):
@@ -232,7 +230,7 @@ class Split(ABC):
         if count is None or count >= sum(sizes):
             return np.sort(np.concatenate(groups))
         kinds = [len(present) for present, _ in labels]
-        # Room for every class: every class gets an image. Otherwise every group does (a test needs both).
+        # Every class gets an image if the quota allows; otherwise every group does (a test needs both).
         quotas = _apportion(sizes, count, kinds if count >= sum(kinds) else [1] * len(groups))
         kept = []
         for group, (present, numbers), quota in zip(groups, labels, quotas, strict=True):
@@ -354,8 +352,7 @@ class Superclass(Official):
 class Subclass(Official):
     """CIFAR-100 inside ten of its coarse classes: the first fine class normal, its siblings anomalous.
 
-    First means alphabetically. Jia & Liu 2022 do not name their ten coarse classes; these are drawn once, by
-    a seed that no parameter changes.
+    First means alphabetically. Jia & Liu 2022 do not name their ten coarse classes; these come from a fixed seed.
     """
 
     name: ClassVar[str] = "subclass"
@@ -382,9 +379,8 @@ class Subclass(Official):
 class Pooled(Split):
     """P1, by PIAD's rule: halves pooled, 80 % of the normal class trains, as many anomalies as normals test.
 
-    Each class is permuted and its first floor(0.8 n) images are its training part. The test anomalies are
-    drawn from the test parts of the other classes, uniformly over images; all of them when they are fewer
-    than the test normals.
+    The first floor(0.8 n) images of each permuted class are its training part. The test anomalies are drawn
+    uniformly from the test parts of the other classes; all of them where they are fewer than the test normals.
     """
 
     name: ClassVar[str] = "pooled"
@@ -421,10 +417,10 @@ class Coil(Pooled):
 
 @dataclass(frozen=True)
 class OneAbnormal(Pooled):
-    """GANomaly's reverse problem: the class that is named is abnormal, all others are normal.
+    """GANomaly's reverse problem: the target class is abnormal, all others are normal.
 
-    Both halves are pooled, 80 % of each normal class trains, the rest and all abnormal images test.
-    Contamination is taken out of the abnormal images, so here, and only here, it changes the test set.
+    Both halves are pooled, 80 % of each normal class trains, the rest and all abnormal images test. Contamination
+    is taken from the abnormal images, so in this protocol alone it changes the test set.
     """
 
     name: ClassVar[str] = "one_abnormal"
@@ -450,14 +446,14 @@ class _Parts:
 
 
 def _protocols(kind: type[Any] = Split) -> Iterator[type[Split]]:
-    """All classes derived from `kind`: a protocol of the user's own is found as well."""
+    """All classes derived from `kind`, protocols of the user's own included."""
     for child in kind.__subclasses__():
         yield child
         yield from _protocols(child)
 
 
 def _stream(text: str) -> np.random.RandomState:
-    """Random numbers that are the same wherever and whenever this text is given."""
+    """The random numbers that belong to a text, the same on every machine."""
     return np.random.RandomState(np.frombuffer(hashlib.sha256(text.encode()).digest(), dtype="<u4"))
 
 
@@ -481,7 +477,7 @@ def _apportion(sizes: list[int], total: int, floors: list[int]) -> list[int]:
     for i in by_remainder[: total - sum(shares)]:
         shares[i] += 1
     while low := [i for i, share in enumerate(shares) if share < floors[i]]:
-        # Whoever has most to spare gives one: keeps all others at their share.
+        # The group with the most above its floor gives one, so all others keep their share.
         giver = max(range(len(sizes)), key=lambda i: shares[i] - floors[i])
         shares[giver] -= 1
         shares[low[0]] += 1

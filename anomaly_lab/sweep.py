@@ -57,7 +57,7 @@ def make(hydra_main: Callable[[], None], overrides: Sequence[str]) -> int:
 
 
 class Journal(NamedTuple):
-    """What became of the jobs of a sweep, a line each time one starts or ends, by whatever process makes it.
+    """The jobs of a sweep: each process that makes one appends a line when it starts and when it ends.
 
     Sweepers that choose their own points tell nobody which, and a process that was killed cannot say which it made.
     """
@@ -89,9 +89,9 @@ class Journal(NamedTuple):
 
 @contextmanager
 def open_journal(runs: Path) -> Iterator[Journal]:
-    """The journal of one sweep: in the folder of runs, which all machines see, and for as long as the sweep lasts."""
+    """The journal of one sweep, in the folder of runs, for as long as the sweep lasts."""
     runs.mkdir(parents=True, exist_ok=True)
-    for path in runs.glob(".sweep-*.jsonl"):  # of sweeps that were killed: nobody holds them
+    for path in runs.glob(".sweep-*.jsonl"):  # of killed sweeps: no process has their lock
         with open(path, "rb") as left, suppress(OSError):
             if take_lock(left):
                 path.unlink()
@@ -155,8 +155,8 @@ _place: int | None = None
 def survive_killed_workers(sweep: Callable[[], None], journal: Journal) -> None:
     """Let Hydra make its sweep; go on with the rest where a launcher's worker is killed and takes the others along.
 
-    Nobody can tell which of those that were being made was to blame (the one that took all the memory, mostly). So
-    each is made alone: what dies alone is given up, and the sweep goes on with what neither is done nor failed.
+    Which of the runs in progress killed the worker is unknown (mostly the one that took all the memory). So each is
+    made alone: what dies alone has failed, and the sweep goes on with the rest.
     """
     while True:
         try:

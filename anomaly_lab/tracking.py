@@ -1,7 +1,7 @@
-"""What a run shows of itself while it runs. The run folder's files are the truth; trackers mirror them.
+"""Trackers mirror a run while it runs; the run folder's files are the truth.
 
-A tracker gets one row an epoch, the same rows that `Detector.history` keeps in the checkpoint. So a resumed run can
-show what an uninterrupted one would have shown: `Tracker.start` replays the epochs before the resume.
+A tracker gets one row an epoch, the rows of the checkpoint's history. A resumed run replays them (`Tracker.start`), so
+it shows what an uninterrupted one would have shown.
 """
 
 from __future__ import annotations
@@ -32,10 +32,10 @@ log = logging.getLogger(__name__)
 
 
 class Tracker(Logger):
-    """Shows nothing, which is ``logger=none``; the base of those that show something.
+    """Shows nothing (``logger=none``); the base of all trackers.
 
     Called in this order: `start`, `log_metrics` after each epoch, `publish` when the run's files are written, and
-    `close` however the run ended.
+    `close` after a success or a failure.
     """
 
     @property
@@ -47,13 +47,13 @@ class Tracker(Logger):
         return None
 
     def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nothing: the whole configuration was given at the start, and detectors keep no hyper-parameters."""
+        """Nothing: the constructor got the whole configuration."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """One row an epoch, from the detector.
 
-        What Lightning sends by itself (``self.log``) is left out: its step counts every optimiser's steps, and as it
-        is not in the history, a resumed run could not show it again. ``Detector.record`` reaches trackers.
+        Values of ``self.log`` are left out: their step counts every optimiser's steps, and a resumed run could not
+        replay them, for they are not in the history. ``Detector.record`` reaches trackers.
         """
         if "epoch" not in metrics:  # Lightning adds it to its own
             assert step is not None
@@ -76,7 +76,7 @@ class Tracker(Logger):
 
 @contextmanager
 def opened(cfg: DictConfig, out: Path, identity: Mapping[str, Any]) -> Iterator[Tracker]:
-    """The tracker ``cfg.logger`` describes, for the run in ``out``; closed when the block is left, in whatever way."""
+    """The tracker ``cfg.logger`` describes, for the run in ``out``; closed at the end of the block."""
     resolved = OmegaConf.to_container(cfg, resolve=True)
     tracker = instantiate(cfg.logger)(out, identity, resolved) if cfg.get("logger") else Tracker()
     try:
@@ -88,7 +88,7 @@ def opened(cfg: DictConfig, out: Path, identity: Mapping[str, Any]) -> Iterator[
 
 
 def show_again(job: Job, result: Mapping[str, Any]) -> None:
-    """Show a finished run as if it had just been made: for whoever asked for it and looks at the tracker only."""
+    """Show a finished run as if it had just been made, for an agent that reads the tracker only."""
     with opened(job.cfg, job.out, result["identity"]) as tracker, np.load(job.out / "scores.npz") as scores:
         tracker.start(result["history"])
         tracker.publish(result, job.out / "figures", dict(scores))
@@ -97,7 +97,7 @@ def show_again(job: Job, result: Mapping[str, Any]) -> None:
 class Csv(Tracker):
     """``metrics.csv`` in the run's folder, written whole after each epoch.
 
-    Lightning's CSVLogger appends in place: whoever reads beside it, or after a kill, may meet half a row.
+    Lightning's CSVLogger appends in place, so a reader may meet half a row.
     """
 
     def __init__(self, out: Path, identity: Mapping[str, Any], resolved: Any) -> None:
@@ -165,23 +165,23 @@ class TensorBoard(Tracker):
 class Wandb(Tracker):
     """The run on Weights & Biases, or in a folder that ``wandb sync`` uploads later.
 
-    The run's id is a hash of its identity and its group, so whatever is resumed or repeated stays one line of the
-    dashboard. wandb's own trouble never ends a run: it is one line of warning. Nothing is written outside the run's
-    folder, unless wandb's own environment variables say so. Each run ends wandb's background process, and with it
-    whatever else the same Python process records with wandb.
+    The run's id is a hash of its identity and its group, so a resumed or repeated run stays one line of the dashboard.
+    A failure of wandb never ends a run: it is one line of warning. Files are written to the run's folder alone, unless
+    wandb's environment variables say otherwise. Each run ends wandb's background process, and with it all other
+    recordings of the same Python process.
 
     Args:
         mode: online, offline, or auto: what WANDB_MODE says, else online if there is an API key and offline if not.
         project, entity: where the run belongs; None leaves the entity to the API key.
         group: runs shown together; None takes the experiment's name, or ``<model>/<dataset>/<split>``.
         tags: besides the names of model, data set and split.
-        table_rows: the most images in the table of scores; a larger test set is sampled, always the same way.
+        table_rows: most images in the table of scores; larger test sets are sampled with a fixed seed.
         artifact: whether to upload last.ckpt as the artifact ``<id>-checkpoint``.
         init_timeout: seconds after which a server that answers, but begins no run, is given up and the run recorded
             offline. One that does not answer within `ANSWER` seconds is given up at once.
         finish_timeout: seconds the end of a run may wait for uploads; what is left stays in the folder.
 
-    A server that was given up is not asked again for `RETRY` seconds by this process, that is mostly: by this sweep.
+    This process does not ask a server that was given up again for `RETRY` seconds.
     """
 
     ANSWER: ClassVar[float] = 5.0
@@ -251,8 +251,7 @@ class Wandb(Tracker):
                     self.id,
                     self._run.starting_step - 1,
                 )
-            # The history is shown whole, so recordings of earlier attempts say nothing more; synced after this one,
-            # they would replace it.
+            # This recording has the whole history. Those of earlier attempts, synced after it, would replace it.
             for folder in (self._out / "wandb").glob(f"offline-run-*-{self.id}"):
                 if folder != Path(self._run.dir).parent:
                     shutil.rmtree(folder)
@@ -356,19 +355,19 @@ class Wandb(Tracker):
         return wandb.init(**self._init, mode="offline", settings=settings)
 
     def _ask(self, url: str) -> None:
-        """Raise where nobody answers: wandb itself would try for much longer."""
+        """Raise ConnectionError where the server does not answer: wandb itself would try for much longer."""
         import requests
 
         try:
             requests.head(url, timeout=self.ANSWER)
         except requests.exceptions.SSLError:
-            return  # somebody is there; wandb has certificates of its own to try
+            return  # a server answered; wandb has certificates of its own
         except requests.exceptions.RequestException as error:
             raise ConnectionError(f"{url}: {type(error).__name__}") from error
 
     @contextmanager
     def _mirroring(self) -> Iterator[None]:
-        """wandb's files go into the run's folder, and its failure is a warning: the run goes on without it."""
+        """Keep wandb's files in the run's folder, and turn its failure into a warning."""
         home = self._out / "wandb"
         # Tables and artifacts are staged in the data folder, from where they are uploaded.
         given = {name: os.environ.get(name) for name in ("WANDB_DATA_DIR", "WANDB_CACHE_DIR")}
@@ -388,13 +387,12 @@ class Wandb(Tracker):
 
 
 def workspace(entity: str, project: str) -> Any:
-    """A view of a wandb project for sweeps of ours, as a `wandb_workspaces` object whose ``save()`` lays it out there.
+    """A `wandb_workspaces` view of a project: training by epoch, test metrics, figures; ``save()`` lays it out.
 
-    A line a run: training by epoch, test metrics side by side, the figures. What looks at test labels during training
-    (``oracle_auroc``) is in no panel, for a dashboard invites to choose by what it shows.
+    ``oracle_auroc``, which looks at test labels during training, is in no panel: a dashboard invites choosing by it.
 
     Raises:
-        ValueError: the package is not there.
+        ValueError: the package is not installed.
     """
     try:
         import wandb_workspaces.reports.v2 as panels

@@ -1,12 +1,11 @@
 """Several runs in one process that take turns: a thread for each, of which only one works at any moment.
 
-A run gives its turn away at the end of every training step and of every batch that it scores (`pass_on`), and while it
-waits for the device (`settle`) or for a disk (`aside`). On a GPU each works in a CUDA stream of its own, so what the
-runs have launched is computed side by side while one after another launches more. What torch and Python keep once for
-the whole process (random streams, switches, warning filters) is each run's own: put away with the turn, put back with
-the next. So every run does exactly what it does alone, whatever the others are.
+A run passes its turn on after every training step and scored batch (`pass_on`), and while it waits for the device
+(`settle`) or for a disk (`aside`). On a GPU each run has a CUDA stream of its own, so kernels of different runs
+overlap. Process-wide state (random streams, switches, warning filters) is saved and restored with the turn, so every
+run computes exactly what it computes alone.
 
-Outside of `take` everything here does nothing, or waits in the plain way.
+Outside of `take` these functions do nothing, or block.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ Own = tuple[Callable[[], Any], Callable[[Any], None]]
 
 
 class Stopped(BaseException):
-    """The runs are to end: raised in each of them when it gets its next turn. No run's own failure."""
+    """Raised in every run at its next turn to end it; not a failure of the run."""
 
 
 def _random_streams() -> list[tuple[torch.Generator, torch.Tensor]]:
@@ -54,7 +53,7 @@ def _filters() -> list[Any]:
 
 
 def _set_filters(filters: list[Any]) -> None:
-    warnings.filters = filters  # catch_warnings() puts back what it has found, so runs would undo each other's
+    warnings.filters = filters  # else the catch_warnings() of one run would restore another's
 
 
 OWN: tuple[Own, ...] = (
@@ -65,11 +64,11 @@ OWN: tuple[Own, ...] = (
 
 
 class _Run:
-    """One job, its thread, and what is its own of the process's state."""
+    """One job, and its copy of the process-wide state."""
 
     def __init__(self, number: int, job: Callable[[], Any], states: list[Any]) -> None:
         self.number, self.job, self.states = number, job, states
-        self.turn = threading.Lock()  # released by whoever gives it the turn
+        self.turn = threading.Lock()  # released by the run that passes the turn on
         self.turn.acquire()
 
 
@@ -78,8 +77,8 @@ class _Group:
         self._own = own
         self._at_first = [read() for read, _ in own]
         self._left = deque(enumerate(jobs))
-        self._waiting: deque[_Run] = deque()  # for their turn, who came first in front
-        self._taken = True  # somebody works: at first whoever makes the group
+        self._waiting: deque[_Run] = deque()  # first come, first served
+        self._taken = True  # whether some run has the turn; at first the maker of the group
         self._alive = 0
         self._threads: list[threading.Thread] = []
         self._mutex = threading.Lock()  # for the two above, and never held for long
@@ -101,7 +100,7 @@ class _Group:
         run = _Run(number, job, self._at_first)
         self._alive += 1
         self._waiting.append(run)
-        # A daemon: who asks twice for the end (Ctrl-C, Ctrl-C) gets it without waiting for anybody's next step.
+        # Daemon threads: a second Ctrl-C ends the process at once.
         self._threads.append(threading.Thread(target=self._live, args=(run,), name=f"run {number}", daemon=True))
         self._threads[-1].start()
 
@@ -127,13 +126,13 @@ class _Group:
             self._over.set()
 
     def wait(self) -> None:
-        """Until every thread has gone: one that Python finds at its own end would be killed in the middle of C++."""
+        """Join all threads. A daemon thread alive at interpreter exit would be killed inside C++ code."""
         self._over.wait()
         for thread in self._threads:
             thread.join()
 
     def pass_on(self, run: _Run) -> bool:
-        """Let the others have a turn each; False if none of them waits for one."""
+        """Give each waiting run a turn; False if none waits."""
         if self.stop:
             raise Stopped
         if not self._waiting:
@@ -189,10 +188,9 @@ _mine = _Mine()
 
 
 def take(jobs: Sequence[Callable[[], T]], at_once: int, own: Sequence[Own] = ()) -> list[T]:
-    """What each of ``jobs`` returns, in their order. ``at_once`` of them take turns; who ends makes room for the next.
+    """What each of ``jobs`` returns, in their order. ``at_once`` of them take turns; the next begins when one ends.
 
-    The calling thread waits. An exception that reaches it there (Ctrl-C, one that a signal's handler raises) stops
-    every job at its next turn and is raised once all have ended; so is one that a job raises.
+    An exception in a job or in the calling thread (Ctrl-C) stops every job at its next turn and is raised at the end.
 
     Args:
         own: further global state that each job has for itself, beside torch's and Python's.
@@ -218,22 +216,22 @@ def shared() -> bool:
 
 
 def pass_on() -> None:
-    """Let the others have a turn each. To be called between steps, never within one that is captured as a graph."""
+    """Give each waiting run a turn. Call it between steps, never while a graph is captured."""
     if _mine.group is not None:
         _mine.group.pass_on(_mine.run)
 
 
 def after_step(detector: Any) -> None:
-    """Between two steps of a detector: its own ``after_step``, and a turn for each of the other runs."""
+    """Call the detector's ``after_step`` and give each waiting run a turn."""
     if detector.has("after_step"):
-        settle(detector.device)  # the method reads values of every step; the others work meanwhile
+        settle(detector.device)  # the method reads values; other runs work meanwhile
     detector.after_step()
     pass_on()
 
 
 @contextmanager
 def aside() -> Iterator[None]:
-    """Let the others work during the block, which waits for something and touches neither torch nor its device."""
+    """Give the turn away during the block, which must touch neither torch nor the device."""
     if _mine.group is None:
         yield
     else:
@@ -242,9 +240,9 @@ def aside() -> Iterator[None]:
 
 
 def settle(device: torch.device) -> None:
-    """Wait until ``device`` has done what the calling run has given it; meanwhile the others have their turns.
+    """Synchronise the calling run with ``device``; meanwhile other runs have their turns.
 
-    It asks and does not block, for a CUDA graph must not be captured while another thread waits for the device.
+    It polls: a CUDA graph must not be captured while another thread blocks on the device.
     """
     if device.type != "cuda":
         return
@@ -258,9 +256,9 @@ def settle(device: torch.device) -> None:
 
 
 def own_stream(device: torch.device) -> None:
-    """Give the calling run a CUDA stream of its own, if it takes turns with others, for as long as its thread lives.
+    """Give the calling thread a CUDA stream of its own if its run takes turns with others.
 
-    Before its first work on ``device``: what one stream has made, another may not simply use.
+    Call before the run's first work on ``device``: tensors must not cross streams without synchronisation.
     """
     if device.type == "cuda" and _mine.group is not None:
         import torch
