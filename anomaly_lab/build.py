@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
@@ -23,8 +24,9 @@ from tqdm import tqdm
 from anomaly_lab import config, turns
 from anomaly_lab.capture import Capture
 from anomaly_lab.config import Job
+from anomaly_lab.course import Diverged, Scored
 from anomaly_lab.data import OneClassData, Prepare
-from anomaly_lab.detector import Detector
+from anomaly_lab.detector import Detector, scores
 from anomaly_lab.features import FeatureStore
 from anomaly_lab.files import write_whole
 from anomaly_lab.players import Learning
@@ -57,7 +59,6 @@ def make_data(job: Job) -> OneClassData:
         epoch_steps=cfg.model.budget.epoch_steps,
         score_batch_size=cfg.trainer.score_batch_size,
         seed=cfg.seed,
-        watch_test=cfg.trainer.watch_test,
         features=FeatureStore(images, prepare, kept, cfg.trainer.feature_cache_gb * 1e9),
     )
 
@@ -127,8 +128,8 @@ def make_trainer(
     every = cfg.trainer.checkpoint_every
     if type(every) is not int or every < 1:
         raise ValueError(f"trainer.checkpoint_every={every}: give a whole number of epochs from 1")
-    last = _LastCheckpoint(job.out / "last.ckpt", every, job.settings, cfg.trainer.watch_test)
-    own: list[Callback] = [last, _Turns()]
+    last = _LastCheckpoint(job.out / "last.ckpt", every, job.settings)
+    own: list[Callback] = [last, WatchTest(data if cfg.trainer.watch_test else None), _Turns()]
     if cfg.trainer.progress:
         own.append(_Progress(title, data.steps))
     trainer = Trainer(
@@ -157,16 +158,12 @@ def make_trainer(
 class _LastCheckpoint(Checkpoint):
     """``last.ckpt`` every so many epochs. A Checkpoint, because Lightning calls those after everybody else."""
 
-    def __init__(self, path: Path, every: int, settings: Mapping[str, Any], watched: bool) -> None:
-        self._path, self._every, self._settings, self._watched = path, every, settings, watched
+    def __init__(self, path: Path, every: int, settings: Mapping[str, Any]) -> None:
+        self._path, self._every, self._settings = path, every, settings
         self._code = [config.code()]  # all that has trained this run, the last one now
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        assert isinstance(pl_module, Detector)
-        history = pl_module.course.history
-        watched = bool(history) and all("oracle_auroc" in row for row in history)  # also if this attempt does not watch
-        checkpoint["settings"], checkpoint["watched"] = dict(self._settings), self._watched or watched
-        checkpoint["code"] = self._code
+        checkpoint["settings"], checkpoint["code"] = dict(self._settings), self._code
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         now = self._code[-1]
@@ -181,6 +178,47 @@ class _LastCheckpoint(Checkpoint):
         assert isinstance(pl_module, Detector)
         if len(pl_module.course.history) % self._every == 0:
             trainer.save_checkpoint(self._path, weights_only=False)  # "weights only" would drop the optimisers
+
+
+class WatchTest(Callback):
+    """The test AUROC after every epoch, for the figure beside the honest one; no method's hook sees it.
+
+    Args:
+        data: the data module of the run; None: nobody watches, and what was watched before a resume is kept.
+    """
+
+    def __init__(self, data: OneClassData | None) -> None:
+        self._auroc: dict[int, float] = {}  # by epoch
+
+        def look(detector: Detector) -> float:
+            assert data is not None
+            scored, loader = Scored(), data.loader("test").shuffled()
+            for batch in loader:
+                score, *_ = scores(detector, batch.x)
+                scored.update(score, batch.index, batch.truth)
+                turns.pass_on()
+            return scored.compute()["auroc"] if np.isfinite(scored.score).all() else math.nan
+
+        self._look = look if data is not None else None  # a closure: no attribute leads from here to the data
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Detector)
+        if self._look is not None and pl_module.scorable and not trainer.sanity_checking:
+            epoch = int(pl_module.epochs_done) + 1
+            self._auroc[epoch] = self._look(pl_module)
+            if math.isnan(self._auroc[epoch]):
+                raise Diverged(f"training diverged: a score is not finite at epoch {epoch}; lower the learning rate")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        checkpoint["watched"] = dict(self._auroc)
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._auroc = dict(checkpoint["watched"])
+
+    def joined(self, history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+        """The rows of ``history`` with ``oracle_auroc`` where it was recorded."""
+        seen = {epoch: {"oracle_auroc": auroc} for epoch, auroc in self._auroc.items()}
+        return [{**row, **seen.get(int(row["epoch"]), {})} for row in history]
 
 
 class _Turns(Callback):

@@ -98,6 +98,13 @@ class Scored(Metric):
         """Places of the images in their data set, int64 (N,)."""
         return dim_zero_cat(self._index).cpu().numpy()
 
+    def places(self, index: np.ndarray) -> np.ndarray:
+        """Where in the pass the images at ``index`` (N,) of the data set were scored, int64 (N,)."""
+        order = np.argsort(self.index, kind="stable")
+        found = order[np.searchsorted(self.index, index, sorter=order)]
+        assert np.array_equal(self.index[found], index), "the pass scored other images than those asked for"
+        return found
+
     @property
     def truth(self) -> np.ndarray:
         """0 normal, 1 anomalous, uint8 (N,)."""
@@ -127,18 +134,16 @@ class Passes(nn.Module):
         self.val, self.test = Scored(), Scored()
 
     def add(
-        self, item: Any, otherwise: str, scores: Callable[[Tensor], tuple[Tensor, Tensor | None, Mapping[str, Tensor]]]
+        self, item: Any, part: str, scores: Callable[[Tensor], tuple[Tensor, Tensor | None, Mapping[str, Tensor]]]
     ) -> None:
-        """Score what a loader gave. Held-out normals come without their truth, test images with it.
+        """Score what a loader of the ``part`` (``val`` or ``test``) gave.
 
         Args:
-            otherwise: ``val`` or ``test``, for loaders that give no `Batch`.
             scores: of images (B,C,H,W): score, decisions of the method's own rule, terms.
         """
-        known = isinstance(item, Batch)
         batch = item if isinstance(item, Batch) else plain_batch(images_of(item))
         score, decided, terms = scores(batch.x)
-        scored = self.test if (batch.truth is not None if known else otherwise == "test") else self.val
+        scored = self.test if part == "test" else self.val
         scored.update(score, batch.index, batch.truth, decided, terms)
 
     def reset(self) -> None:
@@ -151,7 +156,7 @@ class Course:
 
     def __init__(self) -> None:
         self.history: list[dict[str, float]] = []
-        """Rows: epoch (from 1), the mean of every recorded value, seconds, val_score, and oracle_auroc if asked for."""
+        """Rows: epoch (from 1), the mean of every recorded value, seconds, val_score; nothing of the test images."""
         self.seconds_per_step: float | None = None
         """Of the last epoch, as far as this process knows one."""
         self._first_losses: dict[str, float] = {}
@@ -198,9 +203,6 @@ class Course:
         row = {"epoch": epoch, **self.means(), "seconds": self._seconds or 0.0}
         if scored.val.seen:
             row["val_score"] = scored.val.mean
-        if scored.test.seen:
-            finite = bool(np.isfinite(scored.test.score).all())
-            row["oracle_auroc"] = scored.test.compute()["auroc"] if finite else math.nan
         for total, count in self._means.values():
             total.zero_()
             count.zero_()

@@ -151,6 +151,13 @@ class Loader:
     def __iter__(self) -> Iterator[Batch]:
         return map(self.batch, torch.arange(len(self.pixels), device=self.pixels.device).split(self._batch_size))
 
+    def shuffled(self) -> Loader:
+        """The same images in a random order, always the same one."""
+        order = torch.randperm(len(self.index), generator=torch.Generator().manual_seed(0)).to(self.index.device)
+        truth = None if self.truth is None else self.truth[order]
+        at = (self._prepare, self._batch_size, self._device)
+        return Loader(self.pixels[order.to(self.pixels.device)], self.index[order], *at, truth)
+
     def batch(self, positions: Tensor) -> Batch:
         """The images at ``positions`` (B,), prepared, on the device."""
         return Batch(
@@ -230,6 +237,23 @@ class _Steps:
         return self._images.order[self._start : self._start + self._images.at_once]
 
 
+class Closed(LightningDataModule):
+    """The loaders of one stage and nothing else: all that a detector can reach through its trainer during a run."""
+
+    def __init__(self, train: EpochImages | None = None, val: Sequence[Loader] = (), test: Sequence[Loader] = ()):
+        super().__init__()
+        self._train, self._val, self._test = train, list(val), list(test)
+
+    def train_dataloader(self) -> EpochImages | None:
+        return self._train
+
+    def val_dataloader(self) -> list[Loader]:
+        return self._val
+
+    def test_dataloader(self) -> list[Loader]:
+        return self._test
+
+
 class OneClassData(LightningDataModule):
     """One data set under one protocol, with one class named.
 
@@ -242,7 +266,6 @@ class OneClassData(LightningDataModule):
             a new order, so that an epoch means about the same on 50 images as on 5000.
         seed: of the partition (unless ``split.seed`` is set) and of the order of training images, which in epoch e
             depends on (seed, e) alone: a resumed run sees what it would have seen.
-        watch_test: validate on the test images too, after the held-out normals.
         features: where fixed features are kept, if ``prepare`` has any; None computes them for this object alone.
     """
 
@@ -257,7 +280,6 @@ class OneClassData(LightningDataModule):
         epoch_steps: int = 1,
         score_batch_size: int | None = None,
         seed: int = 0,
-        watch_test: bool = False,
         features: FeatureStore | None = None,
     ) -> None:
         super().__init__()
@@ -273,7 +295,9 @@ class OneClassData(LightningDataModule):
             epoch_steps,
             score_batch_size,
         )
-        self._seed, self._watch_test = seed, watch_test
+        self._seed = seed
+        self.device: torch.device | None = None
+        """Where batches are wanted; None: where the trainer of this module works, or on the CPU without one."""
         self._features = None if prepare.features is None else features or FeatureStore(images, prepare, None, 0)
         self._as_seen: Callable[[Tensor], Tensor] = prepare if self._features is None else as_stored
         self._parts: dict[tuple[Part, torch.device], tuple[Tensor, Tensor]] = {}
@@ -296,16 +320,31 @@ class OneClassData(LightningDataModule):
         return EpochImages(images, self.batch_size, seed=self._seed, epoch_steps=self._epoch_steps)
 
     def val_dataloader(self) -> list[Loader]:
-        """The held-out normals; behind them, with ``watch_test``, the test images."""
-        return [self.loader("val"), self.loader("test")] if self._watch_test else [self.loader("val")]
+        """The held-out normals."""
+        return [self.loader("val")]
 
     def test_dataloader(self) -> list[Loader]:
-        """The held-out normals, from which the threshold comes, and the test images."""
-        return [self.loader("val"), self.loader("test")]
+        """The held-out normals, from which the threshold comes, and the test images in a fixed random order.
+
+        In a data set's own order neighbours share their label, which a score that looks at its batch could use.
+        """
+        return [self.loader("val"), self.loader("test").shuffled()]
 
     def predict_dataloader(self) -> Loader:
-        """The test images."""
+        """The test images, in the order of ``partition.test``."""
         return self.loader("test")
+
+    def fitting(self, device: torch.device) -> Closed:
+        """The training images and the held-out normals, and no way to a label or a test image."""
+        self.device = device
+        return Closed(train=self.train_dataloader(), val=self.val_dataloader())
+
+    def testing(self, device: torch.device) -> Closed:
+        """The held-out normals and the test images, and no way to a label."""
+        self.device = device
+        val, test = self.test_dataloader()
+        test.truth = None
+        return Closed(test=[val, test])
 
     def loader(self, part: Literal["val", "test"]) -> Loader:
         """The held-out normals or, with their truth, the test images, in their order."""
@@ -313,6 +352,12 @@ class OneClassData(LightningDataModule):
         truth = torch.from_numpy(self.partition.test_truth).to(pixels.device) if part == "test" else None
         at_once = self._score_batch_size or scored_at_once(self._device())
         return Loader(pixels, index, self._as_seen, at_once, self._device(), truth)
+
+    def test_copies(self) -> int:
+        """Test images whose stored bytes are those of a training image or a held-out one."""
+        pixels, parts = self.images.pixels, self.partition
+        known = {pixels[i].tobytes() for i in np.concatenate([parts.train, parts.val])}
+        return sum(pixels[i].tobytes() in known for i in parts.test)
 
     def prepared(self, part: Part, positions: Sequence[int] | None = None) -> Tensor:
         """What a method sees of one part (or of those at ``positions`` of it), float32 (N,C,S,S), on the CPU."""
@@ -334,6 +379,8 @@ class OneClassData(LightningDataModule):
         return torch.from_numpy(self.images.pixels[index])
 
     def _device(self) -> torch.device:
+        if self.device is not None:
+            return self.device
         return self.trainer.strategy.root_device if self.trainer else torch.device("cpu")
 
     def _stored(self, part: Part) -> tuple[Tensor, Tensor]:

@@ -273,8 +273,13 @@ class Detector(Contract, LightningModule):
             self.course.stop_clock(self.step)
             self.scored.reset()
 
+    @property
+    def scorable(self) -> bool:
+        """Whether a score means anything yet."""
+        return self._finished or not self.scored_after_fit
+
     def validation_step(self, item: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        if not self.trainer.sanity_checking and (self._finished or not self.scored_after_fit):
+        if not self.trainer.sanity_checking and self.scorable:
             self.scored.add(item, "val", partial(scores, self))
 
     def on_validation_epoch_end(self) -> None:
@@ -299,7 +304,8 @@ class Detector(Contract, LightningModule):
         self.scored.reset()
 
     def test_step(self, item: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        self.scored.add(item, "test", partial(scores, self))
+        held_out = isinstance(loaders := self.trainer.test_dataloaders, list) and dataloader_idx < len(loaders) - 1
+        self.scored.add(item, "val" if held_out else "test", partial(scores, self))
 
     def on_test_epoch_end(self) -> None:
         self.log_dict(self.scored.test.summary())

@@ -19,10 +19,15 @@ from anomaly_lab.build import make_detector
 from anomaly_lab.config import Job
 from anomaly_lab.course import Diverged
 from anomaly_lab.data import OneClassData
-from anomaly_lab.detector import Detector
+from anomaly_lab.detector import Detector, scores
+from anomaly_lab.errors import RunFailed
 
 COLLAPSED = 1e-6
 """Relative spread across images below which all reconstructions count as identical."""
+
+ALONE, COMPANY = 8, 0.01
+"""Test images that are scored once more by themselves, and how far, in standard deviations of all scores, one may move:
+sums in another order, which a search at test time amplifies, move a score by less."""
 
 HARDLY_BEGUN = 100
 """Steps before which reconstructions may be identical: initial weights of 0.02 make them so until they have grown."""
@@ -40,23 +45,31 @@ class Measured(NamedTuple):
     scores: dict[str, np.ndarray]  # what scores.npz holds
 
 
-def measure(job: Job, detector: Detector, data: OneClassData) -> Measured:
+class NotOfOneImage(RunFailed):
+    """A score depends on the other images that it was computed with."""
+
+
+def measure(job: Job, detector: Detector, data: OneClassData, history: Sequence[Mapping[str, float]]) -> Measured:
     """Measure the scores of the detector's last pass over ``data``; with ``trainer.measure_leak`` it scores anew.
+
+    Args:
+        history: a row an epoch, with ``oracle_auroc`` where it was recorded.
 
     Raises:
         Diverged: training collapsed: all images have the same score or the same reconstruction.
+        NotOfOneImage: see `refuse_company`.
     """
-    trainer, partition = job.cfg.trainer, data.partition
-    val_score, score = detector.scored.val.score, detector.scored.test.score
-    assert np.array_equal(detector.scored.test.index, partition.test), (
-        "test images came in another order than they were asked for"
-    )
+    trainer, partition, scored = job.cfg.trainer, data.partition, detector.scored
+    at = scored.test.places(partition.test)
+    val_score, score = scored.val.score, scored.test.score[at]
     if np.ptp(score) == 0:
         raise Diverged(f"training collapsed: every test image has the score {score[0]}; lower the learning rate")
     _refuse_collapse(detector, data)
     threshold = metrics.threshold_from_normals(val_score, trainer.threshold_quantile)
-    decided = detector.scored.test.decided
-    watched = [row["oracle_auroc"] for row in detector.course.history if "oracle_auroc" in row]
+    refuse_company(detector, data, score)
+    decided = None if scored.test.decided is None else scored.test.decided[at]
+    terms = {name: term[at] for name, term in scored.test.terms.items()}
+    watched = [row["oracle_auroc"] for row in history if "oracle_auroc" in row]
     found = metrics.evaluate(score, partition.test_truth, threshold=threshold, decided=decided)
     found |= {"threshold": threshold, "val_score": float(val_score.mean(dtype=np.float64))}
     found["oracle_auroc"] = max(watched, default=None)
@@ -66,7 +79,7 @@ def measure(job: Job, detector: Detector, data: OneClassData) -> Measured:
     return Measured(
         found,
         _by_kind(job, data, score, threshold, decided),
-        {name: metrics.auroc(term, partition.test_truth) for name, term in detector.scored.test.terms.items()},
+        {name: metrics.auroc(term, partition.test_truth) for name, term in terms.items()},
         learned(job, detector, data),
         rows,
         sets,
@@ -76,10 +89,29 @@ def measure(job: Job, detector: Detector, data: OneClassData) -> Measured:
             "label": data.images.labels[partition.test],
             "index": partition.test,
             "val_score": val_score.astype(np.float32),
-            **{f"term_{name}": term for name, term in detector.scored.test.terms.items()},
-            **{f"val_term_{name}": term for name, term in detector.scored.val.terms.items()},
+            **{f"term_{name}": term for name, term in terms.items()},
+            **{f"val_term_{name}": term for name, term in scored.val.terms.items()},
         },
     )
+
+
+def refuse_company(detector: Detector, data: OneClassData, score: np.ndarray) -> None:
+    """Score `ALONE` test images one by one: what differs from ``score`` (M,) looked at its batch.
+
+    Raises:
+        NotOfOneImage: a score moves by more than `COMPANY` of the spread of all of them.
+    """
+    chosen = np.random.RandomState(0).permutation(len(score))[:ALONE]
+    images = data.prepared("test", chosen.tolist()).to(detector.device)  # (A,C,S,S)
+    alone = np.array([scores(detector, image[None]).score.item() for image in images])
+    moved = np.abs(alone - score[chosen])
+    if moved.max() > COMPANY * score.std(dtype=np.float64) + 1e-5 * np.abs(score[chosen]).max():
+        worst = int(moved.argmax())
+        raise NotOfOneImage(
+            f"score() looks at the other images of a batch: test image {chosen[worst]} has {score[chosen[worst]]:.6g} "
+            f"among others and {alone[worst]:.6g} alone; score each image by itself (batch norm in eval mode, no "
+            "statistics over a batch, the same noise for every image)"
+        )
 
 
 def _refuse_collapse(detector: Detector, data: OneClassData) -> None:

@@ -195,6 +195,10 @@ def _caption(section: Section) -> str:
             "held-out normals around it, or training left the parameters where they were; the AUROC is that of a "
             "distance to one image."
         )
+    copied = section.frame[section.frame["test_copies"] > 0].drop_duplicates("normal_class")
+    if len(copied):
+        counts = [f"{int(run.test_copies)} with class {run.class_name}" for run in copied.itertuples()]
+        text += f" Test images that are byte copies of training images: {', '.join(counts)}."
     means = [row.cells["mean"] for row in shown.rows]
     if any(cell.flag for cell in means):
         text += " Brackets name a mean over fewer classes or runs than there should be"

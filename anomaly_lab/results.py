@@ -170,6 +170,7 @@ COLUMNS = (
     Column("explained_variance", float, _key("learned.explained_variance"), optional=True),
     Column("distinct_scores", float, _key("learned.distinct_scores"), optional=True),
     Column("parameter_change", float, _key("learned.parameter_change"), optional=True),
+    Column("test_copies", float, _key("partition.test_copies"), optional=True),
     Column("by_term", str, lambda result: csv_cell(result.get("by_term") or None), optional=True),
 )
 """What results.csv holds, in this order. Columns with a dot in their name follow: parameters in which runs differ."""

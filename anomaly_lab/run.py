@@ -22,7 +22,7 @@ from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from anomaly_lab import config, switches, tracking, turns
-from anomaly_lab.build import load_checkpoint, make_data, make_detector, make_trainer, write_checkpoint
+from anomaly_lab.build import WatchTest, load_checkpoint, make_data, make_detector, make_trainer, write_checkpoint
 from anomaly_lab.config import Job
 from anomaly_lab.data import OneClassData, scored_at_once
 from anomaly_lab.detector import Detector
@@ -112,11 +112,13 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback]) ->
         _fit(job, detector, data, trainer, checkpoint)
         fit_seconds = sum(row["seconds"] for row in detector.course.history) or time.perf_counter() - started
         started = time.perf_counter()
-        trainer.test(detector, datamodule=data, verbose=False)
+        trainer.test(detector, datamodule=data.testing(device), verbose=False)
     score_seconds = time.perf_counter() - started
     device_name, memory = used(device)
     detector.to(device).eval()  # Lightning leaves it on the CPU
-    measured = measure(job, detector, data)
+    [watch] = [callback for callback in trainer.callbacks if isinstance(callback, WatchTest)]  # type: ignore[attr-defined]
+    history = watch.joined(detector.course.history)
+    measured = measure(job, detector, data, history)
 
     _write_arrays(out / "scores.npz", measured.scores)
     if measured.sets:
@@ -142,6 +144,7 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback]) ->
             "val": len(partition.val),
             "test_normal": int((partition.test_truth == 0).sum()),
             "test_anomalous": int(partition.test_truth.sum()),
+            "test_copies": data.test_copies(),
         },
         "config": OmegaConf.to_container(cfg, resolve=True),
         "settings": job.settings,
@@ -157,8 +160,9 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback]) ->
         "rejected_images": measured.rejected_images,
         "epochs": int(detector.epochs_done),
         "steps": int(detector.steps_done),
-        "history": detector.course.history,
+        "history": history,
     }
+    tracker.watched(history)  # only now: no hook of the method can meet it in a logger
     draw(detector, data, measured.scores["score"], result, out / "figures")
     tracker.publish(result, out / "figures", measured.scores)  # before the run counts as done: a killed one repeats it
     (out / "failure.json").unlink(missing_ok=True)  # of an earlier attempt; before, so that no finished run keeps one
@@ -170,7 +174,8 @@ def _fit(job: Job, detector: Detector, data: OneClassData, trainer: Trainer, che
     """Train, from ``checkpoint`` on where there is one, until ``last.ckpt`` holds the fitted detector."""
     if checkpoint is not None:
         log.info("%s: resuming", job.out)
-    trainer.fit(detector.train(), datamodule=data, ckpt_path=checkpoint, weights_only=True)
+    loaders = data.fitting(trainer.strategy.root_device)
+    trainer.fit(detector.train(), datamodule=loaders, ckpt_path=checkpoint, weights_only=True)
     assert int(detector.epochs_done) == trainer.max_epochs, "a half-trained detector must not be scored"
     trainer.save_checkpoint(job.out / "last.ckpt", weights_only=False)
 
@@ -187,7 +192,7 @@ def _resumable(job: Job) -> tuple[Path | None, list[dict[str, float]]]:
     try:
         checkpoint = load_checkpoint(path)
         history, settings = checkpoint["anomaly_lab"]["history"], checkpoint["settings"]
-        watched = checkpoint["watched"]
+        watched = dict(checkpoint["watched"])
     except (ValueError, KeyError, TypeError) as error:  # damaged, or whole and of another program
         log.warning("%s cannot be read: starting again (%s)", path, error)
         return None, []
@@ -195,7 +200,7 @@ def _resumable(job: Job) -> tuple[Path | None, list[dict[str, float]]]:
         log.info("%s: pruned to its weights, from which training cannot go on; starting again", job.out)
         return None, []
     job.refuse_other_settings(settings)
-    if job.cfg.trainer.watch_test and not watched:
+    if job.cfg.trainer.watch_test and {int(row["epoch"]) for row in history} - set(watched):
         log.info("%s: its test AUROC was not watched so far; starting again", job.out)
         return None, []
     return path, history

@@ -67,6 +67,12 @@ class Tracker(Logger):
     def row(self, epoch: int, values: Mapping[str, float]) -> None:
         """Show what was measured in ``epoch``, counted from 1."""
 
+    def watched(self, history: Sequence[Mapping[str, float]]) -> None:
+        """Show the test AUROC of the epochs that were watched, once the fit is over."""
+        for row in history:
+            if "oracle_auroc" in row:
+                self.row(int(row["epoch"]), {"oracle_auroc": row["oracle_auroc"]})
+
     def publish(self, result: Mapping[str, Any], figures: Path, scores: Mapping[str, np.ndarray]) -> None:
         """Show the finished run: the content of result.json, the folder of its figures, the arrays of scores.npz."""
 
@@ -110,7 +116,9 @@ class Csv(Tracker):
         super().start(history)
 
     def row(self, epoch: int, values: Mapping[str, float]) -> None:
-        self._rows.append({"step": epoch, **values})
+        if not self._rows or self._rows[-1]["step"] < epoch:
+            self._rows.append({"step": epoch})
+        next(row for row in self._rows if row["step"] == epoch).update(values)
         text = io.StringIO()
         columns = dict.fromkeys(name for row in self._rows for name in row)
         writer = csv.DictWriter(text, list(columns), lineterminator="\n")
@@ -261,6 +269,12 @@ class Wandb(Tracker):
         with self._mirroring():
             if self._sending and epoch >= self._run.starting_step:  # the server may know this epoch already
                 self._run.log({"epoch": epoch, **values}, step=epoch, commit=True)
+
+    def watched(self, history: Sequence[Mapping[str, float]]) -> None:
+        with self._mirroring():
+            for row in history if self._sending else ():
+                if "oracle_auroc" in row:  # behind the last step, for a server takes no earlier one
+                    self._run.log({"epoch": int(row["epoch"]), "oracle_auroc": row["oracle_auroc"]}, commit=True)
 
     def publish(self, result: Mapping[str, Any], figures: Path, scores: Mapping[str, np.ndarray]) -> None:
         if not self._sending:

@@ -142,8 +142,11 @@ def test_held_out_normals_come_before_the_test_images() -> None:
     data = OneClassData(images(30), Pooled(), "zero", Prepare(), batch_size=8)
     val, test = data.test_dataloader()
     assert torch.cat([batch.index for batch in val]).tolist() == data.partition.val.tolist()
-    assert torch.cat([batch.truth for batch in test]).tolist() == data.partition.test_truth.tolist()
-    assert len(data.val_dataloader()) == 1, "in training the test images are looked at on request only"
+    index, truth = (torch.cat(list(part)) for part in zip(*[batch[1:] for batch in test], strict=True))
+    assert index.tolist() != data.partition.test.tolist(), "mixed, for neighbours of a data set share their label"
+    known = dict(zip(data.partition.test.tolist(), data.partition.test_truth.tolist(), strict=True))
+    assert [known.pop(i) for i in index.tolist()] == truth.tolist() and not known
+    assert len(data.val_dataloader()) == 1, "in training the test images are not looked at"
     assert data.prepared("test", [1, 0]).shape == (2, 1, 32, 32)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import errno
 import fcntl
 import json
@@ -180,7 +181,10 @@ def test_watching_the_test_set_changes_nothing_and_is_shown_apart(
     assert seen[-1] == watched["metrics"]["auroc"]
     for name, array in scores(cfg).items():
         assert np.array_equal(array, before[name]), name
-    assert "oracle_auroc" in torch.load(config.job(cfg).out / "last.ckpt")["anomaly_lab"]["history"][0]
+    kept = torch.load(config.job(cfg).out / "last.ckpt")
+    assert list(kept["watched"].values()) == seen and "oracle_auroc" not in kept["anomaly_lab"]["history"][0]
+    with (config.job(cfg).out / "metrics.csv").open(newline="") as file:
+        assert [float(row["oracle_auroc"]) for row in csv.DictReader(file)] == pytest.approx(seen)
 
 
 def test_what_was_watched_stays_watched_when_the_leak_is_measured_later(tmp_path: Path) -> None:
