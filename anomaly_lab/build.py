@@ -210,10 +210,13 @@ class WatchTest(Callback):
                 raise Diverged(f"training diverged: a score is not finite at epoch {epoch}; lower the learning rate")
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["watched"] = dict(self._auroc)
+        assert isinstance(pl_module, Detector)
+        history = pl_module.course.history
+        whole = self._look is not None or (bool(history) and all(int(row["epoch"]) in self._auroc for row in history))
+        checkpoint["watched"] = {"whole": whole, "auroc": dict(self._auroc)}
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._auroc = dict(checkpoint["watched"])
+        self._auroc = dict(checkpoint["watched"]["auroc"])
 
     def joined(self, history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
         """The rows of ``history`` with ``oracle_auroc`` where it was recorded."""

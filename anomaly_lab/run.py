@@ -192,7 +192,7 @@ def _resumable(job: Job) -> tuple[Path | None, list[dict[str, float]]]:
     try:
         checkpoint = load_checkpoint(path)
         history, settings = checkpoint["anomaly_lab"]["history"], checkpoint["settings"]
-        watched = dict(checkpoint["watched"])
+        watched = checkpoint["watched"]["whole"]
     except (ValueError, KeyError, TypeError) as error:  # damaged, or whole and of another program
         log.warning("%s cannot be read: starting again (%s)", path, error)
         return None, []
@@ -200,7 +200,7 @@ def _resumable(job: Job) -> tuple[Path | None, list[dict[str, float]]]:
         log.info("%s: pruned to its weights, from which training cannot go on; starting again", job.out)
         return None, []
     job.refuse_other_settings(settings)
-    if job.cfg.trainer.watch_test and {int(row["epoch"]) for row in history} - set(watched):
+    if job.cfg.trainer.watch_test and not watched:
         log.info("%s: its test AUROC was not watched so far; starting again", job.out)
         return None, []
     return path, history

@@ -182,7 +182,7 @@ def test_watching_the_test_set_changes_nothing_and_is_shown_apart(
     for name, array in scores(cfg).items():
         assert np.array_equal(array, before[name]), name
     kept = torch.load(config.job(cfg).out / "last.ckpt")
-    assert list(kept["watched"].values()) == seen and "oracle_auroc" not in kept["anomaly_lab"]["history"][0]
+    assert list(kept["watched"]["auroc"].values()) == seen and "oracle_auroc" not in kept["anomaly_lab"]["history"][0]
     with (config.job(cfg).out / "metrics.csv").open(newline="") as file:
         assert [float(row["oracle_auroc"]) for row in csv.DictReader(file)] == pytest.approx(seen)
 
