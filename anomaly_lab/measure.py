@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from anomaly_lab import figures, metrics
-from anomaly_lab.build import make_detector
+from anomaly_lab.build import make_networks
 from anomaly_lab.config import Job
 from anomaly_lab.course import Diverged
 from anomaly_lab.data import OneClassData
@@ -146,7 +146,7 @@ def learned(job: Job, detector: Detector, data: OneClassData) -> dict[str, float
                 break
             rebuilt_error += float((x - rebuilt).square().sum())
             mean_error += float((x - mean).square().sum())
-        before = dict(make_detector(job.cfg, data.image_shape).named_parameters())
+        before = dict(make_networks(job.cfg, data.image_shape).named_parameters())
         pairs = [
             (parameter.cpu(), before[name])
             for name, parameter in detector.named_parameters()
