@@ -41,7 +41,11 @@ def short(model: str, folder: Path) -> Any:
     return config.compose([*shrunk(model), *given, *where, "split.contamination.rate=0.05"])
 
 
-@pytest.mark.parametrize("model", MODELS)
+QUICK = ("autoencoder", "ganomaly", "itsr", "knn", "piad")
+"""Of each kind one: a single player, two against each other, stages, no gradients, frozen features."""
+
+
+@pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK)) for m in MODELS])
 def test_a_bare_trainer_gives_the_scores_of_a_run_to_the_bit(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
