@@ -49,7 +49,7 @@ def surroundings() -> dict[str, object]:
         "working directory": os.getcwd(),
         "import path": list(sys.path),
         "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)],
-        "logging": (root.level, root.handlers[:]),
+        "logging": (root.level, [one for one in root.handlers if not type(one).__module__.startswith("_pytest")]),
         "gradients": (torch.is_grad_enabled(), torch.get_default_dtype()),
         **{f"${name}": value for name, value in os.environ.items() if not name.startswith(SET_BY_OTHERS)},
     }

@@ -150,7 +150,7 @@ def environment(data: Path, of: Mapping[str, str] = os.environ) -> dict[str, str
     return {name: value for name, value in of.items() if name not in hidden} | {"ANOMALY_LAB_DATA": str(data)}
 
 
-def until(condition: Callable[[], object], what: Callable[[], object] = str, seconds: float = 500) -> None:
+def until(condition: Callable[[], object], what: Callable[[], object] = str, seconds: float = 1500) -> None:
     """Wait for ``condition``; an error with ``what()`` where it does not come true in time."""
     end = time.monotonic() + seconds
     while not condition():

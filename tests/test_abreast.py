@@ -106,6 +106,7 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # Runs ---------------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_runs_abreast_are_those_alone_to_the_bit_and_take_turns_step_by_step(
     tmp_path: Path, data: Path, alone: list[dict[str, bytes]], recorded: list[str]
 ) -> None:
@@ -194,6 +195,7 @@ class Last(Callback):
         self.state = process_state()
 
 
+@pytest.mark.slow
 def test_the_first_run_to_end_leaves_the_others_their_threads_and_their_environment(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -247,6 +249,7 @@ def written(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
+@pytest.mark.slow
 def test_a_sweep_goes_on_beside_a_failure_and_a_repeated_one_makes_only_what_is_missing(
     lab: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
