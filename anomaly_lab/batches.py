@@ -17,7 +17,7 @@ class Batch(NamedTuple):
 
     x: Tensor  # float32 (B,C,H,W)
     index: Tensor  # type: ignore[assignment]  # int64 (B,), -1 where unknown; hides tuple.index
-    truth: Tensor | None = None  # uint8 (B,): 0 normal, 1 anomalous; None in training, where no loss may read it
+    truth: Tensor | None = None  # uint8 (B,): 0 normal, 1 anomalous; None in training, unless model.labels
 
 
 @runtime_checkable

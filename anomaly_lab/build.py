@@ -60,6 +60,7 @@ def make_data(job: Job) -> OneClassData:
         score_batch_size=cfg.trainer.score_batch_size,
         seed=cfg.seed,
         features=FeatureStore(images, prepare, kept, cfg.trainer.feature_cache_gb * 1e9),
+        labels=bool(cfg.model.get("labels")),
     )
 
 

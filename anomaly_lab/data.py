@@ -130,7 +130,7 @@ class Loader:
 
     Args:
         pixels: uint8 (N,C,H,W), or stored features, on the device where they fit, else in host memory.
-        index: int64 (N,), positions in the whole data set. truth: uint8 (N,), of test images.
+        index: int64 (N,), positions in the whole data set. truth: uint8 (N,), of test images and labelled ones.
     """
 
     def __init__(
@@ -267,6 +267,11 @@ class OneClassData(LightningDataModule):
         seed: of the partition (unless ``split.seed`` is set) and of the order of training images, which in epoch e
             depends on (seed, e) alone: a resumed run sees what it would have seen.
         features: where fixed features are kept, if ``prepare`` has any; None computes them for this object alone.
+        labels: train on the labelled anomalies too (`Partition.with_labelled`), with the truth in every batch. For the
+            supervised ceiling: a one-class method never sees either.
+
+    Raises:
+        ValueError: ``labels`` under a protocol that tests on all anomalies.
     """
 
     def __init__(
@@ -281,6 +286,7 @@ class OneClassData(LightningDataModule):
         score_batch_size: int | None = None,
         seed: int = 0,
         features: FeatureStore | None = None,
+        labels: bool = False,
     ) -> None:
         super().__init__()
         if epoch_steps < 1:
@@ -289,7 +295,9 @@ class OneClassData(LightningDataModule):
             raise ValueError(f"model.batch_size={batch_size}: batch norm needs at least 2 images in a batch")
         self.images, self.prepare = images, prepare
         self.target = split.resolve(images, target)
-        self.partition: Partition = split(images, self.target, seed)
+        partition = split(images, self.target, seed)
+        self.partition: Partition = partition.with_labelled() if labels else partition
+        self._labels = labels
         self.batch_size, self._epoch_steps, self._score_batch_size = (
             batch_size,
             epoch_steps,
@@ -314,9 +322,10 @@ class OneClassData(LightningDataModule):
         return max(images // self.batch_size, 1, least)
 
     def train_dataloader(self) -> EpochImages:
-        """The training images, without their truth."""
+        """The training images, without their truth unless the data module was made with ``labels``."""
         pixels, index = self._stored("train")
-        images = Loader(pixels, index, self._as_seen, self.batch_size, self._device())
+        truth = torch.from_numpy(self.partition.train_truth).to(pixels.device) if self._labels else None
+        images = Loader(pixels, index, self._as_seen, self.batch_size, self._device(), truth)
         return EpochImages(images, self.batch_size, seed=self._seed, epoch_steps=self._epoch_steps)
 
     def val_dataloader(self) -> list[Loader]:

@@ -150,6 +150,8 @@ COLUMNS = (
     Column("experiment", str, _key("experiment"), optional=True),
     Column("pretrained", str, _key("config.model.pretrained"), optional=True),  # features that the model uses
     Column("published_as", str, _published_as),
+    # Trained with the labels of anomalies: a ceiling, not a detector.
+    Column("labels", bool, lambda result: bool(result["config"]["model"].get("labels")), optional=True),
     Column("path", str, _key("path")),
     # Checksums: of the data set, and of everything that can change the result.
     Column("images", str, lambda result: _key("settings.images")(result)[:12], optional=True),
@@ -177,7 +179,7 @@ COLUMNS = (
 
 _PLANNED = (
     *("model", "dataset", "split", "normal_class", "seed", "changed"),
-    *("method", "size", "published_as", "pretrained"),
+    *("method", "size", "published_as", "pretrained", "labels"),
 )
 
 

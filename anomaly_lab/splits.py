@@ -24,7 +24,7 @@ from __future__ import annotations
 import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -57,6 +57,19 @@ class Partition:
     test: Indices  # (M,)
     test_truth: NDArray[np.uint8]  # (M,)
     fingerprint: str  # 16 hex digits over the protocol and the content of the images
+    labelled: Indices  # (L,) training anomalies that neither train nor test: for `with_labelled` alone
+
+    def with_labelled(self) -> Partition:
+        """The same, training on the labelled anomalies as well: what a supervised ceiling sees, and no detector.
+
+        Raises ValueError when there are none.
+        """
+        if not len(self.labelled):
+            raise ValueError("model.labels=true: this split tests on all anomalies, so there are none to learn from")
+        train = np.concatenate([self.train, self.labelled])
+        truth = np.concatenate([self.train_truth, np.ones(len(self.labelled), np.uint8)])
+        order = np.argsort(train, kind="stable")
+        return replace(self, train=train[order], train_truth=truth[order], labelled=self.labelled[:0])
 
 
 @dataclass(frozen=True)
@@ -148,6 +161,7 @@ class Split(ABC):
             test=test,
             test_truth=truth[test].astype(np.uint8),
             fingerprint=self._fingerprint(images, truth, {"train": train, "val": val, "test": test}),
+            labelled=_without(parts.train_anomalous, np.concatenate([added, tested["anomalous"]])),
         )
 
     def classes(self, images: Images) -> tuple[str, ...]:

@@ -62,6 +62,7 @@ class Row:
     seeds: int
     reduced: bool  # a reduced size, compared with the figure of the full size
     pretrained: str
+    labels: bool  # a supervised ceiling
     published_as: str  # the method whose published figures stand beside it, where that is another; else empty
 
 
@@ -113,7 +114,9 @@ def table(frame: pd.DataFrame, dataset: str, split: str, expected: Sequence[Job]
         whole = part["classes"][part["problem"] == run["problem"]].max()  # NaN where no run recorded it
         cells["mean"] = _mean_cell(own, cells, None if math.isnan(whole) else int(whole), figures.get("mean"))
         other = run["published_as"] if run["published_as"] != run["method"] else ""
-        rows.append(Row(name, cells, own["seed"].nunique(), run["size"] == "small", run["pretrained"], other))
+        rows.append(
+            Row(name, cells, own["seed"].nunique(), run["size"] == "small", run["pretrained"], run["labels"], other)
+        )
     role = str(part["role"].iloc[0]) if len(part) else "normal"
     return Table(dataset, split, role, classes, len(seeds), tuple(rows), len(part))
 
@@ -189,12 +192,13 @@ def significance(frame: pd.DataFrame, dataset: str, split: str) -> list[Comparis
     Seeds of one class share the class's difference: tested as pairs of their own, three of them reject a true null in
     15 to 25 % of cases (`docs/statistics.md`). Two-sided and corrected after Holm; classes without a difference are
     left out of the test and counted as ties. Below `MINIMUM_PAIRS` classes that differ there is no p-value, and the
-    comparison does not count in the correction. Methods are compared under the same problem only (see the module's
+    comparison does not count in the correction. A supervised ceiling is no method to compare.
+    Methods are compared under the same problem only (see the module's
     head).
     """
     from scipy.stats import wilcoxon
 
-    part = frame[(frame["dataset"] == dataset) & (frame["split"] == split)]
+    part = frame[(frame["dataset"] == dataset) & (frame["split"] == split) & ~frame["labels"]]
     found = []
     for _, same in part.groupby("problem", sort=True):
         wide = same.pivot(index=["normal_class", "seed"], columns="label", values="auroc")

@@ -106,9 +106,11 @@ def cost(work: Callable[[], object]) -> Cost:
 
 
 def published() -> list[str]:
-    """The methods that train: models of ``conf/model``, which `compose` makes at their published sizes."""
-    models = sorted(path.stem for path in (config.CONFIG_DIR / "model").glob("*.yaml"))
-    return [model for model in models if config.compose([f"model={model}"]).model.optimizer is not None]
+    """The one-class methods that train: models of ``conf/model``, which `compose` makes at their published sizes."""
+    models = {
+        path.stem: config.compose([f"model={path.stem}"]).model for path in (config.CONFIG_DIR / "model").glob("*.yaml")
+    }
+    return sorted(name for name, model in models.items() if model.optimizer is not None and not model.get("labels"))
 
 
 def stored_shape(model: str) -> tuple[int, int, int]:

@@ -132,7 +132,7 @@ def test_a_bare_loop_that_trains_otherwise_would_be_noticed(model: str) -> None:
 def test_every_method_that_learns_has_a_bare_loop_and_its_saved_passes_are_said() -> None:
     assert set(PASSES) == set(LOOPS)
     variants = {"shared_ae_printed", "piad", "piad_cifar10", "piad_coil100", "piad_pixel_l1_cifar10"}  # same step
-    variants |= {"piad_squeezenet_cifar10", "autoencoder_beggel_fashion", "itsr_fashion"}
+    variants |= {"piad_squeezenet_cifar10", "autoencoder_beggel_fashion", "itsr_fashion", "supervised_ceiling"}
     models = {path.stem for path in (config.CONFIG_DIR / "model").glob("*.yaml")}
     assert {model for model in models - variants if build.make_detector(tiny(model), (1, 32, 32)).players()} == set(
         LOOPS

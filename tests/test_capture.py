@@ -15,6 +15,7 @@ import torch
 from lightning import Callback
 from lightning.pytorch.plugins.precision import MixedPrecision
 from omegaconf import DictConfig, open_dict
+from test_methods import MODELS
 from test_run import Stop
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -185,7 +186,7 @@ MASKS = (torch.ops.aten.index.Tensor, torch.ops.aten.index_put_.default, torch.o
 """Indexing; by a mask it has to count first."""
 
 
-@pytest.mark.parametrize("model", sorted(path.stem for path in (config.CONFIG_DIR / "model").glob("*.yaml")))
+@pytest.mark.parametrize("model", MODELS)
 def test_a_steady_step_never_waits_for_the_device(model: str) -> None:
     random = ["weights=random", "path=null", "sha256=null"] if "squeezenet" in model or model in VGG else []
     cfg = config.compose([f"model={model}", *(f"model.detector.features.{option}" for option in random)])

@@ -116,6 +116,7 @@ def test_a_planned_run_has_the_names_it_will_be_shown_under(data: Path, monkeypa
         "size": "small",
         "published_as": "shared_ae",
         "pretrained": "",
+        "labels": False,
         "dataset": "digits",
         "split": "pooled",
         "normal_class": 3,
