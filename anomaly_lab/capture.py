@@ -1,8 +1,8 @@
 """A whole training step as one CUDA graph: captured once, replayed with other images.
 
-These networks are small: on a large GPU a step is mostly the launching of some hundred kernels, which a replay does at
-once. All players' passes, gradients and moves are in the graph, and so is the preparation of the images; the only input
-is where the images of the step are.
+On a large GPU a step of these small networks is bound by launching some hundred kernels; a replay does so at once.
+The graph holds the preparation of the images and all players' passes, gradients and moves; its only input is the
+positions of the step's images.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ WARM_UP = 3
 
 
 class Graph(Protocol):
-    """What is captured: `CUDAGraph`, or in tests something that can be replayed without a GPU."""
+    """A captured step: `CUDAGraph`, or in tests one that replays without a GPU."""
 
     def warm_up(self, step: Callable[[], None]) -> None:
         """Compute ``step`` where it will be captured."""
@@ -66,8 +66,8 @@ class CUDAGraph:
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def capture(self, step: Callable[[], None]) -> None:
-        # cuBLAS keeps a workspace by stream, and Lightning frees those of the whole process wherever a run begins or
-        # ends. What this step works in has to be made, and has to stay, in the graph's own memory.
+        # cuBLAS keeps a workspace a stream, and Lightning frees all of the process's wherever a run begins or ends. So
+        # the step's workspace must be allocated, and stay, in the graph's own memory.
         torch._C._cuda_clearCublasWorkspaces()
         try:
             with torch.cuda.graph(self._graph, stream=self._stream):
@@ -80,10 +80,10 @@ class CUDAGraph:
 
 
 class Capture(Callback):
-    """Takes a detector's steady steps: the first few computed, then one captured, then replays.
+    """Takes a detector's steady steps: the first few eagerly, then captures one and replays it.
 
-    A captured step reads and writes memory by address. At the start of an epoch it is thrown away if the stage, an
-    optimiser's setting or the place of one of the detector's tensors is no longer what it was.
+    A captured step reads and writes memory by address. At the start of an epoch the graph is dropped if the stage, an
+    optimiser's setting or the address of one of the detector's tensors has changed.
 
     Args:
         graph: makes a graph for a noise generator.
@@ -121,7 +121,7 @@ class Capture(Callback):
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if batch_idx > 0:
             return
-        # Not when the epoch starts: the detector's own hooks come after a callback's, and may change all this.
+        # Not in on_train_epoch_start: the detector's hook follows a callback's and may change all this.
         detector = cast("Detector", pl_module)
         settings = [
             tuple((key, value) for key, value in group.items() if key != "params")
@@ -168,15 +168,15 @@ def _remembered(source: Iterator[Tensor], drawn: list[Tensor]) -> Iterator[Tenso
 
 
 def count_on_device(optimizers: Iterable[Optimizer]) -> None:
-    """Let the step counts of ``optimizers`` lie on the device, where a graph can count.
+    """Move the step counts of ``optimizers`` to the device, so that a graph can count.
 
     Raises:
-        ValueError: an optimiser counts where no graph can.
+        ValueError: an optimiser keeps its count on the host.
     """
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             if "capturable" not in group:
-                if not isinstance(optimizer, torch.optim.SGD):  # which counts nothing
+                if not isinstance(optimizer, torch.optim.SGD):  # SGD has no count
                     name = type(optimizer).__name__
                     raise ValueError(f"trainer.capture=true cannot capture {name}: take Adam, RMSprop or SGD, or false")
                 continue
@@ -188,7 +188,7 @@ def count_on_device(optimizers: Iterable[Optimizer]) -> None:
 
 
 def counted_on_host(state: Mapping[str, Any]) -> dict[str, Any]:
-    """An optimiser's ``state_dict`` as it is without a capture: step counts on the host, where counting is cheaper."""
+    """An optimiser's ``state_dict`` as without a capture, step counts on the host."""
     groups = [group | ({"capturable": False} if "capturable" in group else {}) for group in state["param_groups"]]
     counts = {
         number: kept | ({"step": kept["step"].cpu()} if isinstance(kept.get("step"), Tensor) else {})

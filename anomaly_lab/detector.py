@@ -37,7 +37,7 @@ class Contract:
     """Names of the stages of training, in order; empty for methods that train the same way throughout."""
 
     def score(self, x: Tensor) -> Tensor:
-        """Anomaly score of each image, higher is more anomalous; of that image alone, whatever else is in ``x``.
+        """Anomaly score of each image, higher is more anomalous; independent of the other images in ``x``.
 
         Called in eval mode. x: float32 (B,C,H,W) -> float32 (B,), raw: neither scaled nor clipped.
         """
@@ -86,7 +86,7 @@ class Contract:
         return True
 
     def after_step(self) -> None:
-        """Called after every step, which has been computed by then, and never replayed: the place to read values."""
+        """Called after every step, eager or replayed: the place to read values, for it is never replayed itself."""
 
     def after_fit(self, images: Tensor) -> None:
         """Called once after the last epoch with the prepared training images (N,C,H,W), on the device.
@@ -145,7 +145,7 @@ class Detector(Contract, LightningModule):
 
     def __init__(self, image_shape: Sequence[int]) -> None:
         super().__init__()
-        # For load_from_checkpoint, which must be given what is no plain value.
+        # For load_from_checkpoint; arguments that are no plain values must be given to it.
         self.save_hyperparameters({k: v for k, v in self._given.items() if _plain(v)}, logger=False)
         self.image_shape = tuple(image_shape)
         self.course, self.stages, self.randomness = Course(), Stages(self.STAGES), Randomness()
@@ -197,7 +197,7 @@ class Detector(Contract, LightningModule):
         return self.training_images.batch(next(self._further))
 
     def set_fitted(self, name: str, value: Tensor) -> None:
-        """Keep ``value`` as the buffer ``name``, whose size was not known before fitting; checkpoints restore it."""
+        """Keep ``value`` as the buffer ``name``, of a size unknown before fitting; checkpoints restore it."""
         self._fitted.add(name)
         if name in self._buffers:
             self._buffers[name] = value
@@ -218,7 +218,7 @@ class Detector(Contract, LightningModule):
         optimizers = found if isinstance(found := self.optimizers(), list) else [found]
         named = zip(self.players().items(), optimizers, strict=True)
         self._players = {name: Player(parameters_of(networks), optimizer) for (name, networks), optimizer in named}
-        self.trainer.fit_loop.setup_data()  # Lightning's own, which would come after this hook
+        self.trainer.fit_loop.setup_data()  # Lightning itself calls it after this hook
         loader: Any = self.trainer.train_dataloader
         if not isinstance(loader, TrainingImages):
             loader = PlainLoader(loader, self.device, leaving_out=self.has("train_indices"))

@@ -115,7 +115,7 @@ def refuse_company(detector: Detector, data: OneClassData, score: np.ndarray) ->
 
 
 def _refuse_collapse(detector: Detector, data: OneClassData) -> None:
-    """Raise where a method that reconstructs gives the same image for every image; no label is looked at."""
+    """Raise if all reconstructions are the same image; reads no label."""
     if int(detector.steps_done) < HARDLY_BEGUN:
         return
     images = data.prepared("val", range(min(64, len(data.partition.val)))).to(detector.device)  # (B,C,S,S)

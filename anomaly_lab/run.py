@@ -39,7 +39,7 @@ class OutOfMemory(RunFailed):
     """The run does not fit into the memory of its device."""
 
 
-def run(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> dict[str, Any] | None:
+def run(cfg: DictConfig | Job, callbacks: Sequence[Callback] = ()) -> dict[str, Any] | None:
     """Make the run that ``cfg`` describes, as far as it is not made yet, and return its ``result.json``.
 
     A finished run is returned as it is. A started one resumes after its last whole epoch, with the same weights to
@@ -52,7 +52,8 @@ def run(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> dict[str, Any] |
 
     ``failure.json`` records what ended a started run, signals excepted.
     """
-    job = config.job(cfg)
+    job = cfg if isinstance(cfg, Job) else config.job(cfg)
+    cfg = job.cfg
     result = job.finished()
     if result is not None:
         log.info("%s: done before, nothing to do", job.out)

@@ -1,7 +1,7 @@
-"""Everything that knows Slurm: jobs are submitted, looked for in the queue, executed, and put back when they must go.
+"""Everything that knows Slurm: submitting jobs, finding them in the queue, executing and requeueing them.
 
-A run's folder keeps the number of its job (``job.json``); Slurm's queue says how far the job is. So nobody waits for
-jobs, reads their pickled results or needs accounting. Imports nothing heavy, Hydra neither: status reports ask here.
+A run's folder keeps the number of its job (``job.json``), and the queue knows the job's state. So nothing waits for
+jobs, reads their pickled results or needs accounting. Imports neither Hydra nor anything heavy, for status reports.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 JOB_FILE = "job.json"
 
-# Until the job's own handlers stand, the signals that end it are ignored: a process that dies of one within the time
-# Slurm grants before a preemption counts as failed and is not put back.
+# Ignore the signals that end a job until its handlers are set: a process killed by one during the grace time of a
+# preemption counts as failed and is not requeued.
 _DEAF = """sh -c 'trap "" USR2 TERM; exec "$0" "$@"'"""
 
 _PORTABLE = ("name", "timeout_min", "mem_gb", "nodes", "cpus_per_task", "gpus_per_node", "tasks_per_node")
@@ -53,7 +53,7 @@ Queue = Mapping[str, tuple[str, str]]
 
 
 def queue() -> Queue | None:
-    """Ask Slurm once; None where nobody answers."""
+    """Ask Slurm once; None without an answer."""
     command = ["squeue", "--me", "--noheader", "--array", "--format=%i|%T|%R"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
@@ -64,7 +64,7 @@ def queue() -> Queue | None:
 
 
 def place(folder: Path, queued: Callable[[], Queue | None]) -> Place | None:
-    """Where the job of the run in ``folder`` is; None without one, or once Slurm has it no longer.
+    """Where the job of the run in ``folder`` is; None without one, or when it has left the queue.
 
     Args:
         queued: gives the `queue`; called only where a run was submitted.
@@ -74,7 +74,7 @@ def place(folder: Path, queued: Callable[[], Queue | None]) -> Place | None:
     except FileNotFoundError:
         return None
     jobs = queued()
-    if jobs is None:  # elsewhere, or Slurm's controller is down: what was submitted counts as still there
+    if jobs is None:  # another machine, or the controller is down: what was submitted counts as queued
         return Place(False, f"Slurm job {job}, as far as is known without squeue")
     if job not in jobs:
         return None
@@ -130,10 +130,10 @@ def record_job(folder: Path, job: Mapping[str, Any]) -> None:
 
 
 class QueuedRun(NamedTuple):
-    """What a Slurm job executes: one run, whose end is the job's end in Slurm's books too.
+    """What a Slurm job executes: one run.
 
-    A job ends as COMPLETED with a result, or where another process is busy with the run; it goes back into the queue
-    after a `Notice`; and every other end is FAILED, with a reason in the run's ``failure.json``.
+    The job ends as COMPLETED with a result, or if another process is busy with the run; after a `Notice` it is
+    requeued; otherwise it ends as FAILED, with a reason in the run's ``failure.json``.
     """
 
     make: Callable[..., JobReturn]
@@ -151,7 +151,7 @@ class QueuedRun(NamedTuple):
             made = self.make(*arguments)
             _ = made.return_value  # raises what the run has raised
         except Exception as error:
-            if _version(folder / "failure.json") == before:  # it failed where nobody records it: before the run began
+            if _version(folder / "failure.json") == before:  # it failed before the run began to record
                 _record_failure(folder, f"{type(error).__name__}: {flat(str(error))}", traceback.format_exc())
             raise
 
@@ -169,12 +169,11 @@ def _record_failure(folder: Path, line: str, trace: str = "") -> None:
 
 
 class Notice:
-    """The one owner of the signals by which Slurm says that a job must go. Only the first is answered.
+    """The handler of the signals by which Slurm ends a job. It answers the first one only.
 
-    Nothing is saved then: ``last.ckpt`` is at most an epoch old, and a state in the middle of an epoch would not go on
-    to the same bits. The job puts itself back into the queue and ends, whatever of its grace is left; to end without
-    that would count as failed. It does not come back if it was cancelled. Nor does it come back from a time limit
-    without a new checkpoint: the next attempt would end at the same place.
+    It saves nothing: ``last.ckpt`` is at most an epoch old, and a state in the middle of an epoch would not resume to
+    the same bits. The job requeues itself and ends at once; ending without that would count as failed. A cancelled job
+    is not requeued, nor one at its time limit without a new checkpoint: the next attempt would end at the same place.
 
     Args:
         folder: of the run.
@@ -203,7 +202,7 @@ class Notice:
                 "was written: the next attempt would end at the same place. Give hydra.launcher.timeout_min=... an "
                 "epoch, hydra.launcher.signal_delay_s, and the minute by which Slurm may be early"
             )
-            # Recorded here and a SystemExit: whatever the signal has interrupted may catch every Exception.
+            # Recorded here, and a SystemExit, for the interrupted code may catch every Exception.
             _record_failure(self._folder, line)
             _say(line)
             sys.exit(FAILED)
@@ -225,4 +224,4 @@ def _scontrol(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def _say(line: str) -> None:
-    os.write(sys.stderr.fileno(), f"{line}\n".encode())  # print() may be what the signal has interrupted
+    os.write(sys.stderr.fileno(), f"{line}\n".encode())  # the signal may have interrupted print()

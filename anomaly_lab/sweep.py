@@ -59,17 +59,17 @@ def make(hydra_main: Callable[[], None], overrides: Sequence[str]) -> int:
 class Journal(NamedTuple):
     """The jobs of a sweep: each process that makes one appends a line when it starts and when it ends.
 
-    Sweepers that choose their own points tell nobody which, and a process that was killed cannot say which it made.
+    It is the only list of the points that a search has chosen, and of the runs that a killed process was making.
     """
 
     path: Path
 
     def note(self, event: str, job: Sequence[str]) -> None:
-        with suppress(FileNotFoundError):  # the sweep is over, and this one of the jobs that it left in a queue
+        with suppress(FileNotFoundError):  # the sweep is over and left this job in a queue
             file = os.open(self.path, os.O_WRONLY | os.O_APPEND)
             try:
-                # One write of one line: those of several processes do not mix. The line break is in front of it, so
-                # that a line which a full disk has cut off spoils no other.
+                # One write a line, so lines of several processes do not mix; the break first, so that a line cut off
+                # by a full disk spoils no other.
                 os.write(file, b"\n" + json.dumps([event, list(job)]).encode())
             finally:
                 os.close(file)
@@ -101,7 +101,7 @@ def open_journal(runs: Path) -> Iterator[Journal]:
         try:
             with suppress(OSError):  # a file system without locks
                 take_lock(file)
-            new.rename(path)  # locked already where another sweep may find it
+            new.rename(path)  # locked before another sweep can find it
             os.environ[JOURNAL] = str(path)
             yield Journal(path)
         finally:
@@ -123,9 +123,9 @@ def gpus() -> list[str]:
 
 
 class OnOneGpu(NamedTuple):
-    """A task for workers that deal out places among themselves.
+    """A task for worker processes, each of which takes one of ``workers`` places, and with it a GPU.
 
-    A worker keeps its place, a locked file, until it ends, for CUDA binds a process to a device; then another has it.
+    A worker keeps its place, a locked file, until it ends: CUDA binds a process to a device.
     """
 
     task: Callable[[Any], Any]
@@ -153,7 +153,7 @@ _place: int | None = None
 
 
 def survive_killed_workers(sweep: Callable[[], None], journal: Journal) -> None:
-    """Let Hydra make its sweep; go on with the rest where a launcher's worker is killed and takes the others along.
+    """Let Hydra make its sweep, and go on with the rest where a killed worker breaks the launcher's pool.
 
     Which of the runs in progress killed the worker is unknown (mostly the one that took all the memory). So each is
     made alone: what dies alone has failed, and the sweep goes on with the rest.
@@ -179,9 +179,9 @@ def survive_killed_workers(sweep: Callable[[], None], journal: Journal) -> None:
 
 
 def job(cfg: DictConfig) -> float | None:
-    """One run, under Hydra: in this process, in one of a launcher's, or in a job of its own.
+    """One run, under Hydra: in this process, a launcher's worker, or a Slurm job.
 
-    Returns the ``val_score``, which sweepers that choose their own points minimise; None if there is no result.
+    Returns the ``val_score``, for searches to minimise; None without a result.
     """
     hydra = HydraConfig.get()
     words = list(hydra.overrides.task)
@@ -222,7 +222,7 @@ def job(cfg: DictConfig) -> float | None:
         if not sweep:
             print(f"anomaly-lab: error: {line}", file=sys.stderr)
             sys.exit(code)
-        # The other runs of a sweep go on; the summary at its end finds the failure again.
+        # The sweep goes on; its summary reports the failure again.
         _show(f"failed: {run.out if run else ' '.join(words)}: {line}", sys.stderr)
         if queued:
             raise
@@ -245,11 +245,11 @@ def _make_run(run: Job) -> dict[str, Any] | None:
     """Make the run. Lightning's own exceptions become ours here, where Lightning is loaded anyway."""
     from lightning.pytorch.utilities.exceptions import MisconfigurationException, SIGTERMException
 
-    from anomaly_lab.run import run as make_it  # torch and Lightning: seconds
+    from anomaly_lab.run import run as make  # torch and Lightning: seconds
 
     _quiet()
     try:
-        return make_it(run.cfg)
+        return make(run)
     except MisconfigurationException as error:  # a device that is not there
         raise ValueError(str(error)) from error
     except SIGTERMException as end:
@@ -261,7 +261,7 @@ def _make_run(run: Job) -> dict[str, Any] | None:
 
 
 def _refuse_grid(experiment: str | None, grid: Mapping[str, Any] | None, given: Sequence[str]) -> None:
-    """Without -m an experiment's grid would shrink to one run of the defaults, without a word."""
+    """Without -m an experiment's grid would silently become one run of the defaults."""
     missing = grid and [key for key in grid if not any(word.startswith(f"{key}=") for word in given)]
     if missing:
         one = " ".join(f"{key}=..." for key in missing)
@@ -269,7 +269,7 @@ def _refuse_grid(experiment: str | None, grid: Mapping[str, Any] | None, given: 
 
 
 def _quiet() -> None:
-    """Keep Lightning's greetings and known harmless warnings off the screen; its import sets its own levels."""
+    """Hide Lightning's greetings and harmless warnings; call after its import, which sets its own levels."""
     for name in ("lightning.pytorch", "lightning.fabric", "pytorch_lightning"):
         logging.getLogger(name).setLevel(logging.WARNING)
     warnings.filterwarnings("ignore", message=".*weights_only. was not set.*")
@@ -281,8 +281,8 @@ def _quiet() -> None:
 
 
 def _show(line: str, file: IO[str]) -> None:
-    """A line about one run, between the progress bars of those beside it."""
-    bars = sys.modules.get("tqdm") if sys.stderr.isatty() else None  # there are none before its import
+    """Print a line about one run, between progress bars."""
+    bars = sys.modules.get("tqdm") if sys.stderr.isatty() else None
     with bars.tqdm.external_write_mode(file) if bars else nullcontext():
         if bars:
             print(end="\r", file=sys.stderr, flush=True)  # a bar that was not the first leaves the cursor at its end
@@ -368,9 +368,9 @@ def _grid(jobs: Sequence[Sequence[str]]) -> list[_Member]:
 
 
 def _summary(jobs: Sequence[Sequence[str]], *, searched: bool) -> int:
-    """How a sweep ended: why runs failed, how many of each state there are, and what a search found.
+    """Print how a sweep ended: unfinished runs with reasons, counts by state, a search's best; the exit code.
 
-    What is with Slurm has not failed.
+    Runs that wait or run in Slurm have not failed.
     """
     members = _grid(jobs)
     if searched:

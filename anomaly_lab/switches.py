@@ -17,9 +17,9 @@ T = TypeVar("T")
 VARIABLES = ("CUBLAS_WORKSPACE_CONFIG", "CUDA_DEVICE_ORDER")
 """Environment variables that a run sets: the first one itself, the second one through Lightning on a GPU."""
 
-# malloc.h cannot say what they are. By default glibc raises both thresholds as large blocks are freed, up to the values
-# here. The documented initial ones, 128 kB, would stay once set by hand: a tensor of some MB would take new pages every
-# time, which is 20 times the work of filling it.
+# The initial state cannot be read. By default glibc raises both thresholds as large blocks are freed, up to these
+# values. The documented initial ones, 128 kB, would be fixed once set: a tensor of some MB would take new pages every
+# time, 20 times the work of filling it.
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = 2**25, 2**26
 
@@ -52,7 +52,7 @@ def current() -> Switches | None:
 
 def apply(wanted: Switches | None) -> None:
     """Set all switches; nothing happens for what `current` gives without torch."""
-    if wanted is None or wanted == current():  # setting costs far more than asking
+    if wanted is None or wanted == current():  # setting costs far more than reading
         return
     torch: Any = sys.modules["torch"]
     torch.set_float32_matmul_precision(wanted.matmul_precision)
@@ -62,9 +62,9 @@ def apply(wanted: Switches | None) -> None:
 
 
 class _Common(Generic[T]):
-    """State that runs in one process cannot have apart: the first of them reads it, the last one puts it back.
+    """State shared by all runs of a process: the first run reads it, the last one to end restores it.
 
-    Runs that take turns end one after another; what the first to end put back, the others would go on without.
+    If each run restored it, the first to end would change it for the others.
     """
 
     def __init__(self, read: Callable[[], T], put_back: Callable[[T], object]) -> None:

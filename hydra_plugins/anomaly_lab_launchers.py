@@ -1,7 +1,7 @@
 """Launchers of many runs: several in one process, on the GPUs of one machine, on Ray, and on a Slurm cluster.
 
-They lie in the namespace package ``hydra_plugins`` because Hydra takes launchers from nowhere else; it imports this
-file at every start, so nothing heavy stands at the top. Options and defaults are in ``conf/hydra/launcher/``.
+Hydra finds launchers only in the namespace package ``hydra_plugins`` and imports this file at every start, so it
+imports nothing heavy. Options and defaults are in ``conf/hydra/launcher/``.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Planned(NamedTuple):
     number: int
     overrides: list[str]
     composed: DictConfig  # with Hydra's own part
-    job: Job | None  # None where the task itself is to say what it is: done, or impossible
+    job: Job | None  # None for runs that are done or impossible: the task says which
 
 
 class _Launcher(Launcher):
@@ -65,7 +65,7 @@ class _Launcher(Launcher):
 
 
 class AbreastLauncher(_Launcher):
-    """Several runs in this process, which take turns step by step (`anomaly_lab.turns`), on one GPU or on the CPU."""
+    """Several runs in this process take turns step by step (`anomaly_lab.turns`), on one GPU or on the CPU."""
 
     def __init__(self, models: int) -> None:
         self._models = models
@@ -85,7 +85,7 @@ class AbreastLauncher(_Launcher):
         own_config = (lambda: hydra.cfg, lambda cfg: setattr(hydra, "cfg", cfg))
         with sigterm_raises():
             if any(one.job is not None for one in planned):
-                import anomaly_lab.run  # noqa: F401  # torch, whose first state is where every run starts from
+                import anomaly_lab.run  # noqa: F401  # torch: its initial state is every run's
             return turns.take([functools.partial(self._run, one) for one in planned], self._models, own=[own_config])
 
 
@@ -93,7 +93,7 @@ class AbreastLauncher(_Launcher):
 
 
 class ParallelLauncher(_Launcher):
-    """joblib's worker processes; where there are GPUs, each worker sees one of them only, for as long as it lives."""
+    """joblib's worker processes; where there are GPUs, each worker sees a single one."""
 
     def __init__(self, n_jobs: int | None, jobs_per_gpu: int, **joblib: Any) -> None:
         self._n_jobs, self._jobs_per_gpu, self._joblib = n_jobs, jobs_per_gpu, joblib
@@ -117,7 +117,7 @@ class ParallelLauncher(_Launcher):
 
 
 class RayLauncher(_Launcher):
-    """Ray's tasks, which may book fractions of a GPU; Ray tells each which one it has."""
+    """Ray's tasks, which may book fractions of a GPU."""
 
     def __init__(self, ray: DictConfig) -> None:
         self._ray = OmegaConf.create(OmegaConf.to_container(ray, resolve=True))  # the plugin adds a key of its own
@@ -168,7 +168,7 @@ class SlurmLauncher(_Launcher):
         return [self._answer(one) for one in planned]
 
     def _with_slurm(self, planned: Sequence[_Planned]) -> set[Path]:
-        """Folders of the runs that somebody is busy with, or that wait in the queue."""
+        """Folders of the runs that are running or queued."""
         queue = functools.cache(slurm.queue)
         jobs = [one.job for one in planned if one.job is not None]
         return {job.out for job in jobs if status.of(job, queue).state in ("running", "queued")}

@@ -38,8 +38,8 @@ def training_rank(value: Tensor, ordered: Tensor) -> Tensor:
     """How far up in the training values each value lies: 0 at their minimum, 1 at their maximum, continued outside.
 
     Between two training values the rank is interpolated, so that ``rank > q`` is ``value > ordered.quantile(q)``;
-    outside it goes on with the slope of the whole range, so that what is beyond all training values is still told
-    apart. value (B,), ordered (N,) rising -> (B,)
+    outside it continues with the slope of the whole range, so that values beyond all training values still differ.
+    value (B,), ordered (N,) rising -> (B,)
     """
     last = len(ordered) - 1
     right = torch.searchsorted(ordered, value.contiguous()).clamp(1, last)
@@ -65,8 +65,8 @@ class DenseAutoencoder(Detector):
     Args:
         width: units of a hidden layer.
         latent_size: d.
-        batch_norm: batch norm behind the encoder's hidden layers. The code itself is left as it is, for batch norm
-            would give it the mean and variance that an adversary is there to teach.
+        batch_norm: batch norm behind the encoder's hidden layers, not on the code: it would give the code the mean and
+            variance that an adversary is to teach.
     """
 
     def __init__(self, image_shape: Sequence[int], *, width: int, latent_size: int, batch_norm: bool = False) -> None:
@@ -244,7 +244,7 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
             )
 
     def weights(self, batch: Batch) -> Tensor:
-        # Not torch.isin, which on a GPU sorts, and waits for how many are left.
+        # Not torch.isin: on a GPU it sorts and synchronises.
         repelled = (batch.index[:, None] == self.repelled_index).any(1)  # (B,)
         return super().weights(batch).masked_fill(repelled, self.w_anomaly)
 
@@ -287,7 +287,7 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
 
     def train_indices(self, epoch: int) -> Tensor | None:
         if not hasattr(self, "rejected_in"):
-            return None  # nobody is rejected yet
+            return None  # nothing is rejected yet
         return ((self.rejected_in == 0) | self.repelled).nonzero().squeeze(1)
 
     def rejected_images(self) -> Mapping[str, Tensor]:

@@ -150,10 +150,10 @@ def scale_gradient(x: Tensor, factor: Tensor) -> Tensor:
 class GradientBalance(nn.Module):
     """The weight gamma of one loss that gives a network gradients as large as those of another loss.
 
-    Now and then the sizes of both gradients are measured, in every weight tensor. The last ``history`` measurements are
+    A measurement takes the sizes of both gradients in every weight tensor. The last ``history`` measurements are
     smoothed, s_t = (1 - a) s_{t-1} + a size_t from s_0 = size_0, and gamma is the median of s_t(other) / s_t(own) over
-    all tensors and all t: "over layers" in the paper, with their history in its code. A tensor that neither loss moves
-    has no say. gamma = 1 before the first measurement.
+    all tensors and all t: "over layers" in the paper, with their history in its code. Tensors that neither loss moves
+    do not count. gamma = 1 before the first measurement.
 
     Args:
         tensors: L, how many are measured. history: T, measurements kept. smoothing: a, in (0, 1].
@@ -275,7 +275,7 @@ class PIAD(Detector):
             GradientBalance(len(_weights(network)), history=gamma_history, smoothing=gamma_smoothing)
             for network in (self.encoder, self.generator)
         )
-        # Last, so that the networks above start from the same weights whatever the features are.
+        # Last, so that the initial weights of the networks above do not depend on the features.
         self.features = features() if features is not None else None
         if self.features is not None:
             self.features.refuse(image_shape)
