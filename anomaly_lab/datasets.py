@@ -32,7 +32,7 @@ from anomaly_lab.errors import shortened
 from anomaly_lab.files import take_lock, write_whole
 
 REQUIRED = ("images", "labels", "is_test", "class_names")
-NETWORK_TIMEOUT = 30.0  # seconds without an answer; many compute nodes drop packets instead of refusing them
+NETWORK_TIMEOUT = 30.0  # seconds; many compute nodes drop packets instead of refusing connections
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
 
 
@@ -231,7 +231,7 @@ class _Torchvision(Dataset):
             pixels = np.concatenate([np.asarray(half.data) for half in halves])  # (N,H,W) or (N,H,W,3)
             labels = np.concatenate([np.asarray(half.targets, np.int64) for half in halves])
             class_names, superclass = self._classes(halves)
-        # torchvision lets through whatever urllib, tarfile, gzip, pickle or its own assertions raise.
+        # torchvision does not catch what urllib, tarfile, gzip, pickle or its own assertions raise.
         except Exception as error:
             raise self._failed(error, folder) from error
         is_test = np.repeat([False, True], [len(half.data) for half in halves])
@@ -561,7 +561,7 @@ def _keys(path: Path, remedy: str) -> list[str]:
 
 
 def _read(path: Path, name: str, remedy: str) -> tuple[Images, str | None]:
-    """What a file of the documented format holds, and what it was made from (None: it is somebody's own)."""
+    """What a file of the documented format holds, and what it was made from (None: a user's own file)."""
     with _explained(path, remedy), np.load(path, allow_pickle=False) as file:
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise ValueError("one array, not an archive of named ones")
@@ -573,7 +573,7 @@ def _read(path: Path, name: str, remedy: str) -> tuple[Images, str | None]:
     superclass = tuple(arrays["superclass"].tolist()) if "superclass" in arrays else None
     if "sha256" not in arrays:
         return Images.canonical(pixels, labels, is_test, class_names, superclass, name=name), None
-    # Ours: ordered and hashed when it was written; the archive's CRCs were checked while reading.
+    # A cache of ours was ordered and hashed when it was written; reading checks the archive's CRCs.
     labels = labels.astype(np.int64, copy=False)
     images = Images(pixels, labels, is_test, class_names, superclass, name, str(arrays["sha256"]))
     return images, str(arrays["source"]) if "source" in arrays else None
@@ -631,7 +631,7 @@ def _write(path: Path, images: Images, source: str) -> None:
 
 @contextmanager
 def _locked(root: Path, name: str) -> Iterator[None]:
-    """Let one process at a time fetch and decode a set: torchvision downloads straight into its place."""
+    """Let one process at a time fetch and decode a set: torchvision writes downloads in place."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         lock = open(root / f".{name}.lock", "ab")  # noqa: SIM115 (entered below)
@@ -650,7 +650,7 @@ def _locked(root: Path, name: str) -> Iterator[None]:
 
 @contextmanager
 def _explained(path: Path, remedy: str) -> Iterator[None]:
-    """Say in one line that a file cannot be read, whether numpy, zipfile, zlib or the file system noticed."""
+    """Turn any error of reading a file (numpy, zipfile, zlib, the file system) into one line."""
     try:
         yield
     except Exception as error:
@@ -678,7 +678,7 @@ def open_image(file: Any, where: str, channels: int, size: int | None = None) ->
 
     try:
         with Image.open(file) as opened:
-            if opened.mode[0] in "IF":  # Pillow would clip these to 255 without a word
+            if opened.mode[0] in "IF":  # Pillow would silently clip these to 255
                 raise ValueError(f"its pixels are not 8-bit (mode {opened.mode})")
             image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
             if size is not None and image.size != (size, size):

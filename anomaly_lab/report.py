@@ -541,7 +541,7 @@ def write(runs: Path, out: Path | None = None, experiment: str | None = None, or
         try:
             expected = _grid(experiment)
         except ValueError as error:
-            # Class names are looked up in the data set, which a machine that only reports need not have.
+            # The grid needs the data set's class names, and a machine that only reports may lack the data set.
             if not _recorded_under(runs, experiment):
                 raise
             print(
@@ -554,7 +554,7 @@ def write(runs: Path, out: Path | None = None, experiment: str | None = None, or
     for line in notices:
         print(line, file=sys.stderr)
     if experiment is not None:
-        # Those of the grid, whoever made them, and those made under its name with further seeds or settings.
+        # The runs of the grid, and those recorded under the experiment's name with further seeds or settings.
         grid = {job.out.relative_to(job.cfg.runs).as_posix() for job in expected or ()}
         frame = _selection(frame, frame["path"].isin(grid) | (frame["experiment"] == experiment))
     if not len(frame):
@@ -641,7 +641,7 @@ def _write_experiment(frame: pd.DataFrame, epochs: pd.DataFrame, name: str, out:
     from anomaly_lab import figures
 
     results.write_csv(frame, out / "results.csv")
-    # From here on only what was written counts: the README must be the one that anybody makes from it.
+    # Read back, so that the README can be made again from the file alone.
     frame = results.read_csv(out / "results.csv")
     if len(epochs):
         rows = epochs.itertuples(index=False, name=None)

@@ -2,8 +2,8 @@
 
     runs/**/result.json --read--> frame --write_csv--> results.csv --read_csv--> frame
 
-`COLUMNS` says what a row holds and where a result.json has it. Whatever reads, writes or shows a row follows from it:
-a new metric is computed by the run and gets one line there.
+`COLUMNS` says what a row holds and where a result.json has it; reading, writing and showing a row follow from it. A new
+metric is computed by the run and gets one line there.
 
 A run is compared with another one, and with a published figure, only where both saw the same problem: keys under
 `split.` or `dataset.` that a run changed (contamination, fewer images) are part of what it is compared under.
@@ -70,8 +70,7 @@ def _of_kind(metric: str, kind: str) -> Column:
 def _method_and_size(result: Result) -> tuple[str, str]:
     """A run's method by its plain name, and its size: ("ganomaly", "small").
 
-    The only place that knows how earlier code said it: there is no `size` in its configurations, and the small size of
-    a method was a model of its own, `ganomaly_small`.
+    In results of earlier code, configurations have no `size`, and a method's small size is a model, `ganomaly_small`.
     """
     config = result.get("config") or {}
     if "size" in config:
