@@ -129,7 +129,7 @@ def make_trainer(
     every = cfg.trainer.checkpoint_every
     if type(every) is not int or every < 1:
         raise ValueError(f"trainer.checkpoint_every={every}: give a whole number of epochs from 1")
-    last = _LastCheckpoint(job.out / "last.ckpt", every, job.settings)
+    last = _LastCheckpoint(job, every)
     own: list[Callback] = [last, WatchTest(data if cfg.trainer.watch_test else None), _Turns()]
     if cfg.trainer.progress:
         own.append(_Progress(title, data.steps))
@@ -159,12 +159,13 @@ def make_trainer(
 class _LastCheckpoint(Checkpoint):
     """``last.ckpt`` every so many epochs. A Checkpoint, because Lightning calls those after everybody else."""
 
-    def __init__(self, path: Path, every: int, settings: Mapping[str, Any]) -> None:
-        self._path, self._every, self._settings = path, every, settings
+    def __init__(self, job: Job, every: int) -> None:
+        self._job, self._every = job, every
         self._code = [config.code()]  # all that has trained this run, the last one now
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        checkpoint["settings"], checkpoint["code"] = dict(self._settings), self._code
+        checkpoint["identity"], checkpoint["settings"] = dict(self._job.identity), dict(self._job.settings)
+        checkpoint["code"] = self._code
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         now = self._code[-1]
@@ -178,7 +179,8 @@ class _LastCheckpoint(Checkpoint):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         assert isinstance(pl_module, Detector)
         if len(pl_module.course.history) % self._every == 0:
-            trainer.save_checkpoint(self._path, weights_only=False)  # "weights only" would drop the optimisers
+            # "Weights only" would drop the optimisers.
+            trainer.save_checkpoint(self._job.out / "last.ckpt", weights_only=False)
 
 
 class WatchTest(Callback):

@@ -169,6 +169,9 @@ def report(argv: Sequence[str] | None = None) -> int:
         help="also show oracle_auroc, which looks at the test labels (an experiment's README always does)",
     )
     parser.add_argument(
+        "--verify", action="store_true", help="compute every run's metrics anew from its scores; leave out what differs"
+    )
+    parser.add_argument(
         "--status", action="store_true", help="list running, queued, failed, interrupted and missing runs"
     )
     parser.add_argument(
@@ -193,7 +196,7 @@ def report(argv: Sequence[str] | None = None) -> int:
         elif asked.status:
             report.print_states(asked.runs, asked.experiment)
         else:
-            report.write(asked.runs, asked.out, asked.experiment, asked.oracle)
+            report.write(asked.runs, asked.out, asked.experiment, asked.oracle, asked.verify)
     except (ValueError, OSError) as error:
         return _mistake(parser.prog, str(error))
     return DONE

@@ -25,6 +25,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 
+from anomaly_lab import record
+
 if TYPE_CHECKING:
     from anomaly_lab.datasets import Images
     from anomaly_lab.splits import Split
@@ -403,6 +405,15 @@ class Job:
         """The run's folder below ``runs``, as reports name it."""
         return self.out.relative_to(self.cfg.runs).as_posix()
 
+    def refuse_other_run(self, identity: Mapping[str, Any], file: Path) -> None:
+        """What lies in the folder must be this run's own: a copied checkpoint would be scored as another class's.
+
+        Raises:
+            ValueError: ``file`` is of a run with another ``identity``.
+        """
+        if other := record.other(identity, self.identity):
+            raise ValueError(f"{file} is of another run, {other}: it was copied there, delete it")
+
     def refuse_other_settings(self, kept: Mapping[str, Any]) -> None:
         """A run's name follows from the defaults of its groups; after an edit of those its old result is not its own.
 
@@ -428,12 +439,13 @@ class Job:
         path = self.out / "result.json"
         if not path.is_file():
             return None
+        result = record.read(self.out)
+        self.refuse_other_run(result["identity"], path)
         try:
-            result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
             settings_then = result["settings"]
             watched = result["config"]["trainer"]["watch_test"] or result["metrics"]["oracle_auroc"] is not None
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path} is damaged ({error}): delete it and start the run again") from error
+        except (KeyError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): delete it and run again") from error
         self.refuse_other_settings(settings_then)
         # These change no score, so they are no part of the identity; but what was not looked at must be made.
         unwatched = self.cfg.trainer.watch_test and not watched
@@ -457,11 +469,7 @@ def job(cfg: DictConfig) -> Job:
         "seed": cfg.seed,
         "changed": changed(cfg),
     }
-    letter = "n" if protocol(cfg).role == "normal" else "a"
-    seed = f"s{own['seed']}"
-    if own["changed"]:
-        seed += "-" + hashlib.sha256(json.dumps(own["changed"], sort_keys=True).encode()).hexdigest()[:8]
-    out = Path(cfg.runs) / own["model"] / own["dataset"] / own["split"] / f"{letter}{own['normal_class']}" / seed
+    out = Path(cfg.runs) / record.place(own, protocol(cfg).role)
     return Job(cfg, own, out)
 
 

@@ -89,6 +89,7 @@ def measure(job: Job, detector: Detector, data: OneClassData, history: Sequence[
             "label": data.images.labels[partition.test],
             "index": partition.test,
             "val_score": val_score.astype(np.float32),
+            **({} if decided is None else {"decided": decided}),
             **{f"term_{name}": term for name, term in terms.items()},
             **{f"val_term_{name}": term for name, term in scored.val.terms.items()},
         },

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from anomaly_lab import record
 from anomaly_lab.datasets import IMAGE_SUFFIXES, open_image
 from anomaly_lab.errors import shortened
 from anomaly_lab.files import write_text
@@ -178,10 +178,7 @@ def load_run(
     folder = Path(path)
     if not (folder / "result.json").is_file():
         raise ValueError(f"{folder} holds no finished run: give the folder with its result.json and last.ckpt")
-    try:
-        result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{folder / 'result.json'} is damaged ({error}): delete it and start the run again") from error
+    result = record.read(folder, scored=False)
     if not (folder / "last.ckpt").is_file():
         raise ValueError(f"{folder} has lost its last.ckpt: delete its result.json and start the run again")
 
@@ -206,6 +203,8 @@ def load_run(
         raise ValueError(f"{error.__cause__}{hint * ('.path=' in str(error.__cause__))}") from error
     try:
         checkpoint = load_checkpoint(folder / "last.ckpt")
+        if other := record.other(checkpoint.get("identity", result["identity"]), result["identity"]):
+            raise RuntimeError(f"it is of another run, {other}")
         detector.on_load_checkpoint(checkpoint)
         detector.load_state_dict(checkpoint["state_dict"])
         if int(detector.epochs_done) != result["epochs"]:

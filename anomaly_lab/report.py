@@ -527,11 +527,14 @@ def experiment_readme(frame: pd.DataFrame, notes: str, command: str) -> str:
 # ----------------------------------------------------------------------------------------- the command
 
 
-def write(runs: Path, out: Path | None = None, experiment: str | None = None, oracle: bool = False) -> None:
+def write(
+    runs: Path, out: Path | None = None, experiment: str | None = None, oracle: bool = False, verify: bool = False
+) -> None:
     """Write the report on the runs under `runs`, by default into `runs`/report, and print its tables.
 
     Of an experiment only the runs of its grid, and those recorded under its name; results.csv, figures and README.md
-    are then written, by default into experiments/<name>.
+    are then written, by default into experiments/<name>. With `verify`, only those whose metrics follow from their
+    scores.
 
     Raises:
         ValueError: there is no finished run, or there are some that cannot share a table.
@@ -548,7 +551,7 @@ def write(runs: Path, out: Path | None = None, experiment: str | None = None, or
                 f"only runs recorded under the name {experiment}, for its grid is not known here: {error}",
                 file=sys.stderr,
             )
-    frame = results.read(runs)
+    frame = results.read(runs, verify=verify)
     notices: list[str] = frame.attrs["damaged"]
     notices += [f"{s.path} failed: {s.detail}" for s in status.under(runs, expected) if s.state == "failed"]
     for line in notices:

@@ -23,6 +23,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from anomaly_lab import record
 from anomaly_lab.files import write_text
 
 if TYPE_CHECKING:
@@ -230,8 +231,8 @@ def planned(job: Job) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------- reading
 
 
-def read(runs: str | Path) -> pd.DataFrame:
-    """Every finished run under `runs`, a row a run, sorted.
+def read(runs: str | Path, *, verify: bool = False) -> pd.DataFrame:
+    """Every finished run under `runs`, a row a run, sorted; with `verify` only those whose scores say the same.
 
     The columns are `COLUMNS`, parameters and derived ones. Parameters are the dotted keys that any run
     changed, with every run's own value. Derived are `label` (the model and what was changed: the row of a
@@ -247,7 +248,7 @@ def read(runs: str | Path) -> pd.DataFrame:
     rows, configs, damaged = [], [], []
     for file in sorted(runs.glob("*/**/result.json")):
         try:
-            row, config = read_run(file.parent, file.parent.relative_to(runs).as_posix())
+            row, config = read_run(file.parent, file.parent.relative_to(runs).as_posix(), verify=verify)
         except ValueError as error:
             damaged.append(str(error))
         else:
@@ -262,22 +263,22 @@ def read(runs: str | Path) -> pd.DataFrame:
     return frame
 
 
-def read_run(folder: Path, path: str) -> tuple[dict[str, Any], Mapping[str, Any]]:
+def read_run(folder: Path, path: str, *, verify: bool = False) -> tuple[dict[str, Any], Mapping[str, Any]]:
     """The row of the finished run in `folder`, which the row calls `path`, and its configuration.
 
     Raises:
-        ValueError: result.json is damaged; it is named.
+        ValueError: result.json is damaged, or of another run; it is named. With `verify` also where its scores say
+            something else.
     """
-    file = folder / "result.json"
+    result = record.read(folder)
+    record.refuse_misplaced(result, folder)
+    if verify:
+        record.recompute(result, folder)
     try:
-        result = json.loads(file.read_text(encoding="utf-8"))
         row = _values(COLUMNS, result | {"path": path})
-        if row["auroc"] is None:
-            raise ValueError("no AUROC in it")
-    except (KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}): delete it and run again") from None
-    except (ValueError, OSError) as error:
-        raise ValueError(f"{file} is damaged ({error}): delete it and run again") from None
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{folder / 'result.json'} is damaged ({reason}): delete it and run again") from None
     return row, result["config"] if isinstance(result.get("config"), dict) else {}
 
 

@@ -21,7 +21,7 @@ import torch
 from lightning import Callback, Trainer
 from omegaconf import DictConfig, OmegaConf
 
-from anomaly_lab import config, switches, tracking, turns
+from anomaly_lab import config, record, switches, tracking, turns
 from anomaly_lab.build import WatchTest, load_checkpoint, make_data, make_detector, make_trainer, write_checkpoint
 from anomaly_lab.config import Job
 from anomaly_lab.data import OneClassData, scored_at_once
@@ -121,9 +121,9 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback]) ->
     history = watch.joined(detector.course.history)
     measured = measure(job, detector, data, history)
 
-    _write_arrays(out / "scores.npz", measured.scores)
-    if measured.sets:
-        _write_arrays(out / "rejected_images.npz", measured.sets)
+    arrays = {"scores.npz": measured.scores} | ({"rejected_images.npz": measured.sets} if measured.sets else {})
+    for name, content in arrays.items():
+        _write_arrays(out / name, content)
     partition = data.partition
     result = {
         "schema": SCHEMA,
@@ -159,6 +159,7 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback]) ->
         "images_per_second": round(int(detector.images_seen) / fit_seconds, 1) if detector.step else None,
         "peak_memory_mb": round(memory, 1),
         "rejected_images": measured.rejected_images,
+        "sha256": {name: record.checksum(out / name) for name in arrays},
         "epochs": int(detector.epochs_done),
         "steps": int(detector.steps_done),
         "history": history,
@@ -200,6 +201,7 @@ def _resumable(job: Job) -> tuple[Path | None, list[dict[str, float]]]:
     if "optimizer_states" not in checkpoint:
         log.info("%s: pruned to its weights, from which training cannot go on; starting again", job.out)
         return None, []
+    job.refuse_other_run(checkpoint.get("identity", job.identity), path)  # those of earlier code do not say it
     job.refuse_other_settings(settings)
     if job.cfg.trainer.watch_test and not watched:
         log.info("%s: its test AUROC was not watched so far; starting again", job.out)

@@ -10,6 +10,10 @@ import importlib
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from torch import nn
+
+from anomaly_lab.detector import Detector
+
 OURS = "anomaly_lab"
 
 
@@ -22,10 +26,6 @@ def refuse_untrusted(saved: Any, trust: Sequence[str], where: str) -> None:
     Raises:
         ValueError: it names something else; one line, which begins with ``where``.
     """
-    from torch import nn  # seconds: who only asks for help must not wait for it
-
-    from anomaly_lab.detector import Detector
-
     detector, given = saved.get("detector"), saved.get("input")
     features = given.get("features") if isinstance(given, Mapping) else None
     if not isinstance(detector, Mapping) or "_target_" not in detector:

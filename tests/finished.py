@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from anomaly_lab import results, tables
+from anomaly_lab import record, results, tables
 from anomaly_lab.config import Job
 
 AE, SHARED = "autoencoder_small", "shared_ae_small"
@@ -32,9 +32,8 @@ def configured(model: str, config: Mapping[str, Any] | None = None) -> dict[str,
     return {"size": "full" if method == model else "small", "choices": {"model": method}, **(config or {})}
 
 
-def folder_of(who: Mapping[str, Any]) -> Path:
-    seed = f"s{who['seed']}" + ("-" + format(hash(str(who["changed"])) % 16**8, "08x") if who["changed"] else "")
-    return Path(who["model"], who["dataset"], who["split"], f"n{who['normal_class']}", seed)
+def folder_of(who: Mapping[str, Any], role: str = "normal") -> Path:
+    return record.place(who, role)
 
 
 class Runs:
@@ -73,8 +72,8 @@ class Runs:
             "metrics": dict.fromkeys(["fpr95", "balanced_accuracy", "f1", "precision", "recall", "threshold"])
             | {
                 "auroc": auroc,
-                "auroc_low": auroc - 0.01,
-                "auroc_high": auroc + 0.01,
+                "auroc_low": max(auroc - 0.01, 0),
+                "auroc_high": min(auroc + 0.01, 1),
                 "average_precision": 2 / 3,
             }
             | {"val_score": 1.23456789e-7, "oracle_auroc": oracle}
@@ -91,7 +90,7 @@ class Runs:
             "learned": learned or {},
             **(more or {}),
         }
-        folder = self.root / folder_of(who)
+        folder = self.root / folder_of(who, role)
         folder.mkdir(parents=True)
         (folder / "result.json").write_text(json.dumps(result))
         return folder

@@ -165,7 +165,8 @@ def _settle(folder: Path, settings: dict[str, Any]) -> None:
 
 
 def test_the_same_run_twice_is_refused(runs: Runs) -> None:
-    shutil.copytree(runs.add(0.9), runs.root / "copy" / "n0" / "s0")
+    made = runs.add(0.9)
+    shutil.copytree(made, runs.root / "copy" / made.relative_to(runs.root))
     with pytest.raises(ValueError, match="are the same run twice"):
         results.refuse_mixtures(results.read(runs.root))
 

@@ -1,0 +1,132 @@
+"""What a finished run's folder says of it, held to where it lies and to the scores beside it.
+
+Imports nothing heavy: status reports and dry runs read hundreds of these.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+IDENTITY = {"model": str, "dataset": str, "split": str, "normal_class": int, "seed": int, "changed": dict}
+"""What makes a run the same run."""
+
+SHARES = (
+    *("auroc", "auroc_low", "auroc_high", "average_precision", "fpr95", "balanced_accuracy", "f1"),
+    *("precision", "recall", "oracle_auroc", "oracle_shuffled_auroc", "oracle_sorted_auroc"),
+)
+"""Metrics that lie between 0 and 1, or are None."""
+
+
+def place(identity: Mapping[str, Any], role: str) -> Path:
+    """Where a run lies below the folder of runs: ``<model>/<dataset>/<split>/n<class>/s<seed>``.
+
+    The seed is followed by a hash of what was changed, where anything was; ``a`` stands for ``n`` where the class is
+    the abnormal one.
+    """
+    seed = f"s{identity['seed']}"
+    if identity["changed"]:
+        seed += "-" + hashlib.sha256(json.dumps(identity["changed"], sort_keys=True).encode()).hexdigest()[:8]
+    group = f"{'n' if role == 'normal' else 'a'}{identity['normal_class']}"
+    return Path(identity["model"], identity["dataset"], identity["split"], group, seed)
+
+
+def other(identity: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
+    """In which of its parts an identity is not the wanted one: ``seed=0 (not 1)``; empty where it is the same."""
+    wanted = json.loads(json.dumps(wanted))  # as a file has it
+    differing = (key for key in IDENTITY if identity.get(key) != wanted[key])
+    return ", ".join(f"{key}={identity.get(key)} (not {wanted[key]})" for key in differing)
+
+
+def checksum(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read(folder: Path, *, scored: bool = True) -> dict[str, Any]:
+    """The ``result.json`` in ``folder``.
+
+    Args:
+        scored: the arrays that the run wrote must be there as it wrote them (results of earlier code do not say how).
+
+    Raises:
+        ValueError: it cannot be read, or holds what no run writes; or the arrays are gone, or others. It is named.
+    """
+    file = folder / "result.json"
+    try:
+        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        fault = next(_faults(result), "")
+        for name, sha256 in result.get("sha256", {}).items() if scored and not fault else ():
+            beside = folder / Path(name).name
+            if not beside.is_file():
+                fault = f"{beside.name} is gone"
+            elif checksum(beside) != sha256:
+                fault = f"{beside.name} is not the one that the run wrote"
+    # What is no result.json may be anything: a list, a number, thousands of brackets.
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, OSError) as error:
+        fault = f"{type(error).__name__}: {error}"
+    if fault:
+        raise ValueError(f"{file} is damaged ({fault}): delete it and run again")
+    return result
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"a number is {name}")
+
+
+def _faults(result: Mapping[str, Any]) -> Iterator[str]:
+    identity, metrics = result["identity"], result["metrics"]
+    for name, kind in IDENTITY.items():
+        if type(identity[name]) is not kind:
+            yield f"identity.{name} is {identity[name]!r}"
+    if metrics["auroc"] is None:
+        yield "no AUROC in it"
+    for where in (metrics, *((result.get("by_kind") or {}).get(kind) or {} for kind in ("seen", "unseen"))):
+        for name, value in where.items():
+            if value is not None and (type(value) not in (int, float) or not math.isfinite(value)):
+                yield f"{name} is {value!r}"
+            elif value is not None and name in SHARES and not 0 <= value <= 1:
+                yield f"{name} is {value}, which is not between 0 and 1"
+
+
+def refuse_misplaced(result: Mapping[str, Any], folder: Path) -> None:
+    """Hold a result to its folder: a copy under another class or seed would count as that one.
+
+    Raises:
+        ValueError: it lies where another run belongs.
+    """
+    own = place(result["identity"], result.get("role") or "normal")
+    if folder.resolve().parts[-len(own.parts) :] != own.parts:
+        raise ValueError(
+            f"{folder / 'result.json'} is of the run {own.as_posix()}: it was copied or renamed, move it back"
+        )
+
+
+def recompute(result: Mapping[str, Any], folder: Path) -> None:
+    """Compute a result's metrics anew from its ``scores.npz``, threshold included; the oracle's are no part of it.
+
+    Raises:
+        ValueError: they are others, or there are no such scores.
+    """
+    import numpy as np
+
+    from anomaly_lab import metrics
+
+    said, file = result["metrics"], folder / "scores.npz"
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            score, truth, val_score = (arrays[name] for name in ("score", "truth", "val_score"))
+            decided = arrays.get("decided")
+        threshold = metrics.threshold_from_normals(val_score, result["config"]["trainer"]["threshold_quantile"])
+        found = metrics.evaluate(score, truth, threshold=threshold, decided=decided) | {"threshold": threshold}
+    # A damaged archive is a BadZipFile, zlib.error, EOFError, ..., as the damage wants it.
+    except Exception as error:
+        raise ValueError(f"{file} cannot be verified ({type(error).__name__}: {error})") from error
+    for name, value in found.items():
+        was = said.get(name)
+        if not (value is was if value is None or was is None else math.isclose(value, was, rel_tol=1e-6, abs_tol=1e-9)):
+            raise ValueError(f"{folder / 'result.json'} says {name} {was}, its scores say {value}")
