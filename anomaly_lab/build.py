@@ -28,7 +28,7 @@ from anomaly_lab.course import Diverged, Scored
 from anomaly_lab.data import OneClassData, Prepare
 from anomaly_lab.detector import Detector, scores
 from anomaly_lab.features import FeatureStore
-from anomaly_lab.files import write_whole
+from anomaly_lab.files import refuse_bomb, write_whole
 from anomaly_lab.players import Learning
 from anomaly_lab.randomness import stream
 
@@ -305,11 +305,15 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         ValueError: it is damaged.
     """
     try:
+        refuse_bomb(path, most=1)  # torch does not compress
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
             raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
         checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        for name, tensor in checkpoint["state_dict"].items():
+            if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
+                raise ValueError(f"{name} has {tensor.numel()} numbers, of which it holds a part only")
     # zipfile and torch raise BadZipFile, RuntimeError, UnpicklingError, EOFError, KeyError, ... as the damage wants it.
     except Exception as error:
         if isinstance(error, OSError):

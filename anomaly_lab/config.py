@@ -11,6 +11,7 @@ import inspect
 import itertools
 import json
 import os
+import re
 import subprocess
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -179,7 +180,16 @@ def without_hydra(composed: DictConfig) -> DictConfig:
 
 
 def with_choices(cfg: DictConfig, choices: Mapping[str, str | None]) -> DictConfig:
-    """``cfg`` with the names of the chosen groups, so that a configuration says by itself where it came from."""
+    """``cfg`` with the names of the chosen groups, so that a configuration says by itself where it came from.
+
+    Raises:
+        ValueError: a name leaves its group's folder, such as ``model=../dataset/digits``; folders are named after it.
+    """
+    for group in (*GROUPS, "experiment"):
+        if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", choices[group] or "none"):
+            raise ValueError(
+                f"{group}={choices[group]}: name a yaml in conf/{group}, by letters, digits, '.', '_', '-'"
+            )
     with open_dict(cfg):
         cfg.choices = {group: choices[group] for group in (*GROUPS, "experiment")}
     return cfg

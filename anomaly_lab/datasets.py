@@ -29,11 +29,14 @@ from typing import IO, Any, ClassVar
 import numpy as np
 
 from anomaly_lab.errors import shortened
-from anomaly_lab.files import take_lock, write_whole
+from anomaly_lab.files import refuse_bomb, take_lock, write_whole
 
 REQUIRED = ("images", "labels", "is_test", "class_names")
 NETWORK_TIMEOUT = 30.0  # seconds; many compute nodes drop packets instead of refusing connections
 IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
+
+MOST_PIXELS = 2**26
+"""Of one image: 8192x8192. A file of 172 KB may decode to 1 GB, for one image of 32x32 pixels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -146,9 +149,7 @@ class Dataset(ABC):
         images = self._cached()
         if images is None:
             raise ValueError(f"{self.cache} is not there or is stale: run `{self.download_command}`")
-        found = _checksum(images, _digests(images.pixels))
-        if found != images.sha256:
-            raise ValueError(f"{self.cache} is damaged (sha256 {found}, recorded {images.sha256}): {self._remedy()}")
+        self._hold_to_checksum(images)
         shape = "x".join(str(n) for n in images.pixels.shape[1:])
         tested = int(images.is_test.sum())
         halves = f"{len(images) - tested} training and {tested} test images" if tested else "no test half"
@@ -159,6 +160,11 @@ class Dataset(ABC):
             f"{self.name}: {len(images)} images of {shape}, {len(images.class_names)} classes, "
             f"{halves}{missing}, sha256 {images.sha256} ({self.cache})"
         )
+
+    def _hold_to_checksum(self, images: Images) -> None:
+        found = _checksum(images, _digests(images.pixels))
+        if found != images.sha256:
+            raise ValueError(f"{self.cache} is damaged (sha256 {found}, recorded {images.sha256}): {self._remedy()}")
 
     @abstractmethod
     def decode(self) -> Images:
@@ -544,7 +550,11 @@ class NPZ(Dataset):
         return "write it again in the format of docs/datasets.md"
 
     def _cached(self) -> Images | None:
-        return _read(self.cache, self.name, self._remedy())[0] if self.cache.exists() else None
+        if not self.cache.exists():
+            return None
+        images, _ = _read(self.cache, self.name, self._remedy())
+        self._hold_to_checksum(images)  # anybody may have written it, and claim somebody else's
+        return images
 
 
 # ----------------------------------------------------------------------------------------------------
@@ -555,14 +565,19 @@ def _sized(root: Path, name: str, size: int) -> Path:
     return root / (f"{name}.npz" if size == 32 else f"{name}-{size}.npz")  # 32: the default in conf/dataset
 
 
+def _checked(path: Path) -> Path:
+    refuse_bomb(path)
+    return path
+
+
 def _keys(path: Path, remedy: str) -> list[str]:
-    with _explained(path, remedy), np.load(path, allow_pickle=False) as file:
+    with _explained(path, remedy), np.load(_checked(path), allow_pickle=False) as file:
         return list(file.files)
 
 
 def _read(path: Path, name: str, remedy: str) -> tuple[Images, str | None]:
     """What a file of the documented format holds, and what it was made from (None: a user's own file)."""
-    with _explained(path, remedy), np.load(path, allow_pickle=False) as file:
+    with _explained(path, remedy), np.load(_checked(path), allow_pickle=False) as file:
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise ValueError("one array, not an archive of named ones")
         arrays = {key: file[key] for key in (*REQUIRED, "superclass", "sha256", "source") if key in file.files}
@@ -677,7 +692,11 @@ def open_image(file: Any, where: str, channels: int, size: int | None = None) ->
     from PIL import Image, ImageOps
 
     try:
+        if isinstance(file, str | Path) and not Path(file).is_file():  # a pipe would wait for somebody who writes
+            raise ValueError("it is no file")
         with Image.open(file) as opened:
+            if opened.width * opened.height > MOST_PIXELS:
+                raise ValueError(f"it has {opened.width}x{opened.height} pixels, more than {MOST_PIXELS:,}")
             if opened.mode[0] in "IF":  # Pillow would silently clip these to 255
                 raise ValueError(f"its pixels are not 8-bit (mode {opened.mode})")
             image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")

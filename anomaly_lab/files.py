@@ -9,6 +9,7 @@ import logging
 import os
 import time
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -60,6 +61,34 @@ def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     write_text(path, json.dumps(content, indent=1, allow_nan=False))
 
 
+def refuse_bomb(path: Path, most: float = 50) -> None:
+    """Hold a zip archive (npz, checkpoint) to what it says of its own size, before anything of it is unpacked.
+
+    Args:
+        most: how many times its size it may unpack to; 1 for archives that are not compressed.
+
+    Raises:
+        ValueError: it unpacks to more, and to more than 100 MB; or it is no file but a pipe or a device.
+    """
+    if not path.is_file():
+        raise ValueError("it is no file")
+    if zipfile.is_zipfile(path):
+        packed = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > max(most * packed, 1e8):
+            raise ValueError(f"its {packed / 1e6:.1f} MB unpack to {unpacked / 1e6:,.0f} MB")
+
+
+def cell(text: str) -> str:
+    """``text`` as a spreadsheet shows it: one that begins like a formula gets an apostrophe, or it would be run."""
+    text = text.replace("\r", " ")  # which csv would leave bare: another line to some readers
+    return f"'{text}" if text.startswith(FORMULAS) else text
+
+
+FORMULAS = ("=", "+", "-", "@", "\t")
+
+
 def remove_parts(folder: Path) -> None:
     """Remove what killed processes left of `write_whole` in ``folder`` and below. No process may be writing there."""
     for part in folder.rglob(".*.part"):
@@ -88,6 +117,8 @@ def is_locked(path: Path) -> bool:
     It takes the lock, shared and without waiting, and releases it at once. Locks of other machines are seen only
     where the file system passes flock on.
     """
+    if not path.is_file():  # a pipe would wait for somebody who writes
+        return False
     try:
         file = open(path, "rb")  # noqa: SIM115
     except FileNotFoundError:

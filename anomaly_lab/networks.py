@@ -21,6 +21,7 @@ import torch
 from torch import Generator, Tensor, nn
 
 from anomaly_lab.errors import shortened
+from anomaly_lab.files import refuse_bomb
 
 
 def _halvings(size: int) -> int:
@@ -452,6 +453,7 @@ def _verified(path: str | Path | None, sha256: str | None, option: str) -> Path:
 
 def _load_features(layers: nn.Sequential, file: Path) -> None:
     try:
+        refuse_bomb(file, most=1)
         state = torch.load(file, map_location="cpu", weights_only=True)
         layers.load_state_dict({name: state[f"features.{name}"] for name in layers.state_dict()})
     # torch raises RuntimeError, UnpicklingError, EOFError, KeyError or TypeError, as the file wants it.

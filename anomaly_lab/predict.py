@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from anomaly_lab import record
 from anomaly_lab.datasets import IMAGE_SUFFIXES, open_image
 from anomaly_lab.errors import shortened
-from anomaly_lab.files import write_text
+from anomaly_lab.files import cell, write_text
 
 # torch and Lightning take seconds to import: they come with the first run that is loaded, not with --help.
 if TYPE_CHECKING:
@@ -247,7 +247,7 @@ def image_files(given: Sequence[Path]) -> list[Path]:
     for path in given:
         if path.is_dir():
             inside = (p for p in path.rglob("*") if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith("."))
-            files += sorted(inside)
+            files += sorted(p for p in inside if p.is_file())
         elif path.is_file():
             files.append(path)
         else:
@@ -270,7 +270,7 @@ def score_files(fitted: FittedDetector, files: Sequence[Path], out: Path, heat_m
         scores = fitted.score(images)
         decided = fitted._decisions(images, scores)
         words = [""] * len(some) if decided is None else np.where(decided, "anomalous", "normal").tolist()
-        rows += [(str(path), f"{score:.9g}", word) for path, score, word in zip(some, scores, words, strict=True)]
+        rows += [(cell(str(path)), f"{score:.9g}", word) for path, score, word in zip(some, scores, words, strict=True)]
         if heat_maps is not None:
             _draw_heat_maps(fitted, some, images, scores, heat_maps, start)
     text = io.StringIO()

@@ -12,6 +12,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from anomaly_lab.files import refuse_bomb
+
 IDENTITY = {"model": str, "dataset": str, "split": str, "normal_class": int, "seed": int, "changed": dict}
 """What makes a run the same run."""
 
@@ -58,6 +60,8 @@ def read(folder: Path, *, scored: bool = True) -> dict[str, Any]:
     """
     file = folder / "result.json"
     try:
+        if not file.is_file():  # a pipe would wait for somebody who writes
+            raise ValueError("it is no file")
         result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
         fault = next(_faults(result), "")
         for name, sha256 in result.get("sha256", {}).items() if scored and not fault else ():
@@ -118,6 +122,7 @@ def recompute(result: Mapping[str, Any], folder: Path) -> None:
 
     said, file = result["metrics"], folder / "scores.npz"
     try:
+        refuse_bomb(file)
         with np.load(file, allow_pickle=False) as arrays:
             score, truth, val_score = (arrays[name] for name in ("score", "truth", "val_score"))
             decided = arrays.get("decided")

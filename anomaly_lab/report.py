@@ -350,10 +350,10 @@ def _markdown_section(section: Section, oracle: bool, folder: str) -> str:
     for line in _lines(shown, oracle):
         name = f"`{line.label}`" if line.kind == "method" else f"*{line.label}*"
         rows.append([name, *(f"*{cell}*" if cell and line.kind != "method" else cell for cell in line.cells)])
-    out = [f"## {section.title}", "", _caption(section), "", *_markdown_table(_header(shown), rows), ""]
+    out = [f"## {_inert(section.title)}", "", _inert(_caption(section)), "", *_markdown_table(_header(shown), rows), ""]
     if folder:
         for name in section.figures:
-            out += [f"![{_figure_text(section, name)}]({folder}/{name})", ""]
+            out += [f"![{_inert(_figure_text(section, name))}]({folder}/{name})", ""]
     if len(section.frame):
         header, summary = _summary(section.frame)
         out += [
@@ -364,7 +364,7 @@ def _markdown_section(section: Section, oracle: bool, folder: str) -> str:
         ]
     for extra in _extras(section.frame):
         named = [[row[0] if row[0].startswith("published") else f"`{row[0]}`", *row[1:]] for row in extra.rows]
-        block = [extra.note, "", *_markdown_table(extra.header, named)]
+        block = [_inert(extra.note), "", *_markdown_table(extra.header, named)]
         out += [*_folded(extra.title, block, len(named) > 24), ""]
     tests, few = _tests(section.comparisons)
     if tests:
@@ -387,6 +387,11 @@ def _figure_text(section: Section, name: str) -> str:
         "epochs": "Test AUROC after every epoch, which no training looked at",
     }
     return f"{words.get(kind, f'AUROC against {kind}')}, {section.title}"
+
+
+def _inert(text: str) -> str:
+    """What a result.json says of itself, as text: a page in Markdown may hold HTML."""
+    return text.replace("<", r"\<")
 
 
 def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
@@ -517,7 +522,7 @@ def experiment_readme(frame: pd.DataFrame, notes: str, command: str) -> str:
         command.strip(),
         "```",
         "",
-        f"{_provenance(frame)} Every number below is made from [results.csv](results.csv), a row a run.",
+        f"{_inert(_provenance(frame))} Every number below is made from [results.csv](results.csv), a row a run.",
         "",
         markdown(sections(frame), oracle=bool(frame["oracle_auroc"].notna().any()), folder="figures"),
     ]
@@ -673,7 +678,9 @@ def _write_report(
     for section in parts:
         for file, draw in section.figures.items():
             pictures[file] = figures.save(draw(), out / "figures" / file, dpi=110).read_bytes()
-    head = "\n".join(["# Results", "", *(f"> {line}\n" for line in notices), _provenance(frame), "", ""])
+    head = "\n".join(
+        ["# Results", "", *(f"> {_inert(line)}\n" for line in notices), _inert(_provenance(frame)), "", ""]
+    )
     write_text(out / "report.md", head + markdown(parts, oracle=oracle, folder="figures"))
     write_text(out / "report.tex", latex(parts, oracle=oracle))
     write_text(out / "report.html", html(parts, frame, pictures, oracle=oracle, notices=notices))

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anomaly_lab import record
-from anomaly_lab.files import write_text
+from anomaly_lab.files import FORMULAS, cell, write_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -324,7 +324,7 @@ def read_csv(path: str | Path) -> pd.DataFrame:
             if kind is bool:
                 row[name] = text == "true"
             elif kind is str:
-                row[name] = text
+                row[name] = text[1:] if text[:1] == "'" and text[1:].startswith(FORMULAS) else text
             else:
                 row[name] = kind(text) if text else None
         row.update({name: _parsed(line[name]) for name in changed})
@@ -402,11 +402,11 @@ def natural(text: str) -> list[tuple[int, float, str]]:
 
 
 def write_rows(path: str | Path, header: Sequence[str], rows: Iterable[Iterable[Any]]) -> None:
-    """Write a CSV whose cells are `csv_cell`'s."""
+    """Write a CSV whose cells are `csv_cell`'s; texts that begin like a formula get an apostrophe (`files.cell`)."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(header)
-    writer.writerows([csv_cell(value) for value in row] for row in rows)
+    writer.writerows([cell(value) if isinstance(value, str) else csv_cell(value) for value in row] for row in rows)
     write_text(path, text.getvalue())
 
 

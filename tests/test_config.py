@@ -172,32 +172,20 @@ ALLOWED = {
     "cli": {"errors"},
     "figures": {"files", "metrics"},
     "measure": {"build", "config", "course", "data", "detector", "figures", "metrics"},
-    "networks": {"errors"},
+    "networks": {"errors", "files"},
     "predict": {"datasets", "errors", "files", "record"},
-    "record": set(),
+    "record": {"files"},
     "results": {"files", "record"},
     "slurm": {"errors", "files"},
     "status": {"files", "results", "slurm"},
     "tables": {"results"},
     "report": {"files", "results", "status", "tables"},
     "testing": {"batches", "build", "config", "data", "detector", "errors", "players", "switches"},
-
-    "tracking": {"config", "errors", "files"},
-    "run": {
-        "build",
-        "config",
-        "data",
-        "detector",
-        "errors",
-        "files",
-        "measure",
-        "record",
-        "switches",
-        "tracking",
-        "turns",
-    },
-    "sweep": {"config", "errors", "files", "slurm", "status"},
     "trust": {"detector"},
+    "tracking": {"config", "errors", "files"},
+    "run": {"build", "config", "data", "detector", "errors", "files", "measure", "record", "switches", "tracking"}
+    | {"turns"},
+    "sweep": {"config", "errors", "files", "slurm", "status"},
 }
 TORCHLESS = {"files", "datasets", "splits", "metrics", "figures", "config", "cli", "turns", "switches", "__init__"} | {
     *("results", "tables", "report", "status", "slurm", "sweep", "errors", "record"),
@@ -223,7 +211,6 @@ LATE = {
     "switches": {"torch"},
     "tables": {"scipy"},
     "tracking": {"PIL", "requests", "torch", "wandb", "wandb_workspaces"},
-    "trust": {"detector", "torch"},
     "turns": {"torch"},
 }
 PACKAGE = Path(config.__file__).parent
