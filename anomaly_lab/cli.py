@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from anomaly_lab.errors import DONE, FAILED, INTERRUPTED, MISTAKE, TERMINATED, Terminated, exit_code, explained
+from anomaly_lab.files import UNWRITABLE
 
 __all__ = [
     "DONE",
@@ -197,7 +198,12 @@ def report(argv: Sequence[str] | None = None) -> int:
             report.print_states(asked.runs, asked.experiment)
         else:
             report.write(asked.runs, asked.out, asked.experiment, asked.oracle, asked.verify)
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        if error.errno not in UNWRITABLE:
+            return _mistake(parser.prog, str(error))
+        why = f"{error.filename} cannot be written: {UNWRITABLE[error.errno]}; name another folder with --out DIR"
+        return _mistake(parser.prog, why, FAILED)
+    except ValueError as error:
         return _mistake(parser.prog, str(error))
     return DONE
 

@@ -13,7 +13,7 @@ import zipfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 log = logging.getLogger(__name__)
 
@@ -134,15 +134,30 @@ def is_locked(path: Path) -> bool:
         return False
 
 
-@contextmanager
-def locked(folder: Path) -> Iterator[bool]:
-    """Make ``folder`` and lock its ``.lock`` during the block; False if another process has the lock.
+class Lock(NamedTuple):
+    """A lock that is held on the file ``path``."""
 
-    The owner removes what killed processes left half-written. Where the file system has no locks a warning says so
-    and the answer is True.
+    path: Path
+    file: IO[Any]
+
+    def kept(self) -> bool:
+        """Whether it still is the folder's: whoever removes a folder takes the lock's file out of everybody's sight."""
+        try:
+            return os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno()))
+        except FileNotFoundError:
+            return False
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[Lock | None]:
+    """The lock on ``folder``'s ``.lock`` during the block, for this process alone; None where another process has it.
+
+    The folder is made. The owner of the lock removes what killed processes left half-written. Where the file system
+    has no locks a warning says so, and everybody gets one.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".lock", "w") as file:
+        lock = Lock(folder / ".lock", file)
         try:
             mine = take_lock(file)
             if not mine:
@@ -150,8 +165,8 @@ def locked(folder: Path) -> Iterator[bool]:
                 mine = take_lock(file)
         except OSError as error:  # the parts stay: without a lock another process may be writing them
             log.warning("%s cannot be locked (%s): take care that nobody else makes the same run", folder, error)
-            yield True
+            yield lock
             return
         if mine:
             remove_parts(folder)
-        yield mine
+        yield lock if mine else None

@@ -543,6 +543,7 @@ def write(
 
     Raises:
         ValueError: there is no finished run, or there are some that cannot share a table.
+        OSError: the tables are printed, and cannot be written there.
     """
     expected: list[Job] | None = None
     if experiment is not None:
@@ -572,15 +573,15 @@ def write(
     epochs = results.read_epochs(runs, frame)
     if experiment is not None:
         out = out or Path("experiments", experiment)
+        print(markdown(sections(frame, expected or ()), oracle=oracle))  # also where nothing can be written
         _write_experiment(frame, epochs, experiment, out)
-        print(markdown(sections(frame, expected or ()), oracle=oracle))
         missing = "" if expected is None else f"; {len(grid - set(frame['path']))} of the grid are missing"
         print(f"written: {out / 'README.md'} from {len(frame)} runs{missing}")
         return
     out = out or runs / "report"
     parts = sections(frame, epochs=epochs)
-    _write_report(frame, parts, out, oracle, notices)
     print(markdown(parts, oracle=oracle))
+    _write_report(frame, parts, out, oracle, notices)
     print(f"written: {out / 'report.html'} (one file, opens anywhere), beside it report.md, report.tex, results.csv")
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import Callback, Trainer
+from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from anomaly_lab import config, record, switches, tracking, turns
@@ -27,7 +27,7 @@ from anomaly_lab.config import Job
 from anomaly_lab.data import OneClassData, scored_at_once
 from anomaly_lab.detector import Detector
 from anomaly_lab.errors import RunFailed
-from anomaly_lab.files import locked, write_json, write_whole
+from anomaly_lab.files import Lock, locked, write_json, write_whole
 from anomaly_lab.measure import draw, measure, used
 
 log = logging.getLogger(__name__)
@@ -58,8 +58,8 @@ def run(cfg: DictConfig | Job, callbacks: Sequence[Callback] = ()) -> dict[str, 
     if result is not None:
         log.info("%s: done before, nothing to do", job.out)
         return result
-    with locked(job.out) as mine:
-        if not mine:
+    with locked(job.out) as lock:
+        if lock is None:
             log.warning("%s: another process is busy with this run; left to it", job.out)
             return None
         try:
@@ -72,10 +72,12 @@ def run(cfg: DictConfig | Job, callbacks: Sequence[Callback] = ()) -> dict[str, 
                 switches.of_a_run(cfg.trainer.precision, cfg.trainer.threads),
             ):
                 try:
-                    result = _make(job, tracker, callbacks)
+                    result = _make(job, tracker, [*callbacks, _Owner(lock)], lock)
                 except (torch.OutOfMemoryError, MemoryError) as error:
                     raise OutOfMemory(_too_large(cfg)) from error
         except Exception as error:
+            if not lock.kept():
+                raise  # nothing is written into somebody else's folder
             failure = {"identity": job.identity, "error": " ".join(f"{type(error).__name__}: {error}".split())}
             try:
                 write_json(job.out / "failure.json", failure | {"traceback": traceback.format_exc(), "time": _now()})
@@ -86,7 +88,22 @@ def run(cfg: DictConfig | Job, callbacks: Sequence[Callback] = ()) -> dict[str, 
         return result
 
 
-def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback]) -> dict[str, Any]:
+class _Owner(Callback):
+    """Ends a training whose folder was removed or replaced, before it writes another epoch into it."""
+
+    def __init__(self, lock: Lock) -> None:
+        self._lock = lock
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        _refuse_loss(self._lock)
+
+
+def _refuse_loss(lock: Lock) -> None:
+    if not lock.kept():
+        raise RunFailed(f"{lock.path.parent} was removed while its run was made, so it ends: start it again")
+
+
+def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback], lock: Lock) -> dict[str, Any]:
     cfg, split, out = job.cfg, job.split, job.out
     code = _code()  # now: what lies in the checkout when the run ends may be other code
     if not 0 < cfg.trainer.threshold_quantile < 1:
@@ -121,6 +138,7 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback]) ->
     history = watch.joined(detector.course.history)
     measured = measure(job, detector, data, history)
 
+    _refuse_loss(lock)
     arrays = {"scores.npz": measured.scores} | ({"rejected_images.npz": measured.sets} if measured.sets else {})
     for name, content in arrays.items():
         _write_arrays(out / name, content)
@@ -216,8 +234,8 @@ def prune(out: Path) -> int:
     afterwards is trained anew instead of scored again.
     """
     path = out / "last.ckpt"
-    with locked(out) as mine:
-        if not mine or not (out / "result.json").is_file() or not path.is_file():
+    with locked(out) as lock:
+        if lock is None or not (out / "result.json").is_file() or not path.is_file():
             return 0
         checkpoint = load_checkpoint(path)
         if "optimizer_states" not in checkpoint:

@@ -84,6 +84,21 @@ def place(folder: Path, queued: Callable[[], Queue | None]) -> Place | None:
     return Place(running, f"Slurm job {job}, {state.lower()} {where}")
 
 
+def lost(folder: Path) -> str:
+    """Why the job of the run in ``folder``, which Slurm has no longer, left nothing; empty where it did not begin.
+
+    A process killed from outside (memory, a node that is not put back), or one that cannot even unpickle its work,
+    writes no ``failure.json``.
+    """
+    try:
+        job = json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))
+        began = Path(job["log"]).exists()
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""
+    said = "ended without a result or a reason: it was killed, or its code does not start"
+    return f"Slurm job {job['job']} {said}; see {job['log']}" if began else ""
+
+
 # Submitting -------------------------------------------------------------------------------------------------------
 
 
@@ -117,7 +132,7 @@ def submit(
         raise ValueError(f"Slurm does not take the jobs: {error}") from error
     record = {"submitted": datetime.now(UTC).isoformat(timespec="seconds"), "git": code}
     for (folder, _), job in zip(runs, jobs, strict=True):
-        record_job(folder, {"job": job.job_id} | record)
+        record_job(folder, {"job": job.job_id, "log": str(Path(job.paths.stderr).resolve())} | record)
     return str(jobs[0].job_id).partition("_")[0]
 
 
@@ -194,13 +209,15 @@ class Notice:
         name = f"{signal.Signals(number).name} for Slurm job {job}"
         if known.get("JobState") not in ("RUNNING", "SIGNALING", None):  # the second while the signal is on its way
             _say(f"{name}: it ends here")
+            (self._folder / JOB_FILE).unlink(missing_ok=True)  # cancelled: nothing was lost
             sys.exit(TERMINATED)
         preempted = known.get("PreemptTime", "None") != "None"
         if known and not preempted and _version(self._folder / "last.ckpt") == self._before:
             line = (
                 f"{name} came after {known.get('RunTime')} (time limit {known.get('TimeLimit')}), before a checkpoint "
-                "was written: the next attempt would end at the same place. Give hydra.launcher.timeout_min=... an "
-                "epoch, hydra.launcher.signal_delay_s, and the minute by which Slurm may be early"
+                "was written: unless somebody sent it by hand, the next attempt would end at the same place. Give "
+                "hydra.launcher.timeout_min=... an epoch, hydra.launcher.signal_delay_s, and the minute by which Slurm "
+                "may be early"
             )
             # Recorded here, and a SystemExit, for the interrupted code may catch every Exception.
             _record_failure(self._folder, line)

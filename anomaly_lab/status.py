@@ -35,7 +35,8 @@ def under(runs: str | Path, expected: Sequence[Job] | None = None) -> list[Statu
     """The state of every run under ``runs``, or, given an experiment's grid, of every run of the grid.
 
     A run is running while a process holds the lock on its `.lock`, or Slurm says so of its job; queued while
-    its job waits, for the first time or again; failed with a `failure.json` and no result; interrupted when its
+    its job waits, for the first time or again; failed with a `failure.json` and no result, or when Slurm has a
+    job of it no longer that began and left nothing; interrupted when its
     folder has nothing of these (it resumes when it is started again); damaged when its result cannot be read;
     missing when the grid asks for it and there is no folder.
 
@@ -84,6 +85,8 @@ def _status(runs: Path, path: str, queue: Callable[[], slurm.Queue | None]) -> S
         except (ValueError, KeyError, TypeError, OSError):
             text = "failure.json cannot be read"
         return Status("failed", path, text.splitlines()[0] if text else "no message")
+    if lost := slurm.lost(folder):
+        return Status("failed", path, lost)
     resumes = (folder / "last.ckpt").exists()
     return Status("interrupted", path, "resumes from last.ckpt" if resumes else "starts again")
 

@@ -47,10 +47,25 @@ def make(hydra_main: Callable[[], None], overrides: Sequence[str]) -> int:
         hydra_main: lets Hydra call `job` for every run of the command line.
     """
     asked = config.sweep(overrides)
-    with open_journal(asked.runs) as journal:
-        survive_killed_workers(hydra_main, journal)
-        jobs = journal.jobs() if asked.chooses_points else config.jobs(overrides)
+    try:
+        with open_journal(asked.runs) as journal:
+            survive_killed_workers(hydra_main, journal)
+            jobs = journal.jobs() if asked.chooses_points else config.jobs(overrides)
+    except OSError as error:
+        if error.errno not in UNWRITABLE or asked.chooses_points or not _all_done(jobs := config.jobs(overrides)):
+            raise
     return _summary(jobs, searched=asked.chooses_points)
+
+
+def _all_done(jobs: Sequence[Sequence[str]]) -> bool:
+    """Whether there is nothing to make, so that nothing need be written; then every run's line is shown."""
+    found = [member.job.finished() if member.job else None for member in _grid(jobs)]
+    if None in found:
+        return False
+    for result in found:
+        assert result is not None
+        _show(_result_line(result) + "  (done before)", sys.stdout)
+    return True
 
 
 # The journal ------------------------------------------------------------------------------------------------------

@@ -113,7 +113,8 @@ def lab(
     """``anomaly-lab`` in this process (every other one would import torch anew), in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ANOMALY_LAB_DATA", str(data))
-    monkeypatch.setenv("HYDRA_FULL_ERROR", "0")  # the command sets it; put back afterwards
+    for name, value in (("HYDRA_FULL_ERROR", "0"), ("OMP_WAIT_POLICY", "PASSIVE")):
+        monkeypatch.setenv(name, value)  # the command sets them; put back afterwards
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from omegaconf import DictConfig
 
 from anomaly_lab import cli, config
 from anomaly_lab.build import load_checkpoint
+from anomaly_lab.errors import RunFailed
 from anomaly_lab.predict import load_run
 from anomaly_lab.run import OutOfMemory, run
 
@@ -152,7 +154,9 @@ def test_a_sweep_whose_disk_fills_in_the_middle_keeps_what_is_done_and_goes_on_l
     assert not list(small_disk.rglob("*.part")) and not list(small_disk.rglob(".sweep-*"))
 
 
-def test_a_read_only_folder_is_one_line_and_what_is_done_there_is_still_read(lab: Command, tmp_path: Path) -> None:
+def test_a_read_only_folder_is_one_line_and_what_is_done_there_is_still_read(
+    lab: Command, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert lab("runs=written").code == 0
     target = mounted(tmp_path / "mount", "--bind", str(tmp_path / "written"))
     try:
@@ -162,8 +166,30 @@ def test_a_read_only_folder_is_one_line_and_what_is_done_there_is_still_read(lab
         assert err.count("\n") == 1 and "cannot be written: the file system is read-only" in err
         code, out, _ = lab("runs=mount")
         assert code == 0 and "AUROC" in out
+        code, out, err = lab("-m runs=mount normal_class=0")
+        assert code == 0 and "(done before)" in out and out.endswith("1 run: 1 done\n"), err
+        code, out, err = lab("-m runs=mount normal_class=0,1")
+        assert (code, out) == (cli.FAILED, "") and err.count("\n") == 1 and "read-only" in err
+        assert cli.report(["mount"]) == cli.FAILED
+        out, err = capfd.readouterr()
+        assert "`shared_ae_small [" in out and "| 1.0" not in err and err.endswith("with --out DIR\n")
+        assert cli.report(["mount", "--out", "report"]) == 0
     finally:
         subprocess.run(["umount", "--lazy", str(target)], check=True)
+
+
+def test_a_run_whose_folder_is_removed_ends_and_writes_nothing_into_the_next_ones(tmp_path: Path, data: Path) -> None:
+    cfg = tiny(tmp_path / "runs", data)
+    out = config.job(cfg).out
+
+    def removed() -> None:
+        shutil.rmtree(out)
+        out.mkdir()
+        (out / ".lock").touch()  # as another process that makes the same run
+
+    with pytest.raises(RunFailed, match="was removed while its run was made, so it ends: start it again"):
+        run(cfg, [At(1, removed)])
+    assert [path.name for path in out.iterdir()] == [".lock"]
 
 
 def truncated(raw: bytes) -> bytes:

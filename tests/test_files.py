@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ import sys, time
 from pathlib import Path
 from anomaly_lab.files import locked
 with locked(Path(sys.argv[1])) as mine:
-    print(mine, flush=True)
+    print(bool(mine), flush=True)
     time.sleep(600)
 """
 
@@ -39,6 +40,15 @@ def test_a_folder_is_locked_by_one_process_until_it_dies(tmp_path: Path) -> None
     with locked(tmp_path) as mine:
         assert mine and not part.exists(), "what a killed process left half-written"
         assert is_locked(tmp_path / ".lock")
+
+
+def test_a_lock_goes_with_the_folder_it_lay_in(tmp_path: Path) -> None:
+    with locked(tmp_path / "run") as lock:
+        assert lock is not None and lock.kept()
+        shutil.rmtree(tmp_path / "run")
+        assert not lock.kept()
+        with locked(tmp_path / "run") as other:  # as another process that starts the run anew
+            assert other is not None and other.kept() and not lock.kept()
 
 
 def test_to_ask_takes_no_lock_away(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from laboratory import GATED_MODEL, ROOT, SMALL, Lab, environment, until
 from throwaway_slurm import Cluster
 
 from anomaly_lab import cli, config
-from anomaly_lab.slurm import Notice, QueuedRun
+from anomaly_lab.slurm import JOB_FILE, Notice, QueuedRun
 
 EPOCHS = 8
 GATED = [*GATED_MODEL, f"model.budget.epochs={EPOCHS}"]
@@ -364,6 +364,7 @@ def test_the_first_signal_is_answered_and_no_other(
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
     asked = tmp_path / "asked"
     program("scontrol", f'echo "$@" >> {asked}; if [ "$1" = show ]; then echo "{shown}"; else {requeue}; fi')
+    (tmp_path / JOB_FILE).write_text('{"job": "7_3"}')
     notice = Notice(tmp_path)
     if epoch_done:
         (tmp_path / "last.ckpt").touch()
@@ -380,6 +381,7 @@ def test_the_first_signal_is_answered_and_no_other(
     notice(signal.SIGTERM, None)
     assert asked.read_text() == before and capfd.readouterr().err == ""
     assert not (tmp_path / "failure.json").exists()
+    assert (tmp_path / JOB_FILE).exists() == ("CANCELLED" not in shown), "a cancelled job has lost nothing"
 
 
 def test_a_time_limit_without_an_epoch_is_a_failure_that_says_how_long_the_job_ran(

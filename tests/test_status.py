@@ -88,6 +88,25 @@ def squeue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], N
     return put
 
 
+def test_a_job_that_began_and_is_gone_without_a_word_has_failed(tmp_path: Path, squeue: Callable[[str], None]) -> None:
+    squeue("true")
+    log = tmp_path / "7_0_log.err"
+    for number in (0, 1, 2):
+        slurm.record_job(folder(tmp_path / "runs", number), {"job": f"7_{number}", "log": str(log)})
+    assert {state for state, _ in states(tmp_path / "runs").values()} == {"interrupted"}, "cancelled before they began"
+    log.write_text("Killed")
+    (tmp_path / "runs/ede/digits/pooled/n1/s0/last.ckpt").write_text("x")
+    (tmp_path / "runs/ede/digits/pooled/n2/s0/failure.json").write_text('{"error": "Diverged: loss is nan"}')
+    said = f"ended without a result or a reason: it was killed, or its code does not start; see {log}"
+    assert states(tmp_path / "runs") == {
+        "n0": ("failed", f"Slurm job 7_0 {said}"),
+        "n1": ("failed", f"Slurm job 7_1 {said}"),
+        "n2": ("failed", "Diverged: loss is nan"),
+    }
+    squeue("echo '7_0|RUNNING|node3'")
+    assert states(tmp_path / "runs")["n0"][0] == "running"
+
+
 def test_status_asks_slurm_once_and_tells_where_a_job_is(tmp_path: Path, squeue: Callable[[str], None]) -> None:
     runs, asked = tmp_path / "runs", tmp_path / "asked"
     for number in range(5):
