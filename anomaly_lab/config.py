@@ -10,6 +10,7 @@ import hashlib
 import inspect
 import itertools
 import json
+import math
 import os
 import re
 import subprocess
@@ -248,6 +249,11 @@ def _identity_keys(cfg: DictConfig) -> dict[str, Any]:
         value = OmegaConf.select(cfg, name)
         plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
         keys |= _flatten(plain, name)
+    # One canonical form of what is the same partition: the run's own seed is null, classes are rising indices.
+    if keys.get("split.seed") == cfg.seed:
+        keys["split.seed"] = None
+    if keys.get("split.contamination.classes") is not None:
+        keys["split.contamination.classes"] = protocol(cfg).contaminating_classes(load_images(cfg))
     files = {f"{key.removesuffix('sha256')}path" for key in keys if key.endswith(".sha256")}
     unread = OF_STEPS if cfg.model.optimizer is None else ()
     return {k: v for k, v in keys.items() if k not in NOT_IDENTITY and k not in files and not k.startswith(unread)}
@@ -338,7 +344,9 @@ def _yaml_of(model: str) -> str:
 
 
 def _plain(value: Any) -> Any:
-    """2.0 as 2: written either way on the command line, it is the same number and must be the same run."""
+    """2.0 as 2, in lists too: written either way on a command line it is the same number, and must be the same run."""
+    if isinstance(value, list):
+        return [_plain(item) for item in value]
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
@@ -471,6 +479,9 @@ def job(cfg: DictConfig) -> Job:
     """
     if type(cfg.seed) is not int or cfg.seed < 0:
         raise ValueError(f"seed={cfg.seed}: give a whole number from 0")
+    for key, value in _identity_keys(cfg).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key}={value}: give a finite number")
     own = {
         "model": model_name(cfg),
         "dataset": cfg.dataset.name,

@@ -276,6 +276,15 @@ class Split(ABC):
         _, anomalous = self._sides(images, target)
         return anomalous if self.contamination.classes is None else self._named_labels(images, anomalous)
 
+    def contaminating_classes(self, images: Images) -> list[int | str] | None:
+        """The classes that `contamination.classes` names, each once as an index, rising; unknown names stay last."""
+        named = self.contamination.classes
+        if named is None:
+            return None
+        indices = {self._index(images, one) for one in named}
+        unknown = {one for one in named if self._index(images, one) is None}
+        return [*sorted(index for index in indices if index is not None), *sorted(map(str, unknown))]
+
     def _named_labels(self, images: Images, anomalous: list[int]) -> list[int]:
         wanted = self.contamination.classes
         assert wanted is not None

@@ -169,7 +169,7 @@ ALLOWED = {
     "turns": {"switches"},
     "detector": {"batches", "course", "players", "randomness", "turns"},
     "build": {"capture", "config", "data", "detector", "files", "players", "randomness", "turns"},
-    "cli": {"errors"},
+    "cli": {"errors", "files"},
     "figures": {"files", "metrics"},
     "measure": {"build", "config", "course", "data", "detector", "figures", "metrics"},
     "networks": {"errors", "files"},
@@ -268,6 +268,36 @@ def test_rooms_have_walls(path: Path) -> None:
     for node in ast.parse(text).body:
         if isinstance(node, ast.ClassDef) and node.name == "Detector":
             assert node.end_lineno is not None and node.end_lineno - node.lineno < 200
+
+
+@pytest.mark.parametrize(
+    ("one", "same"),
+    [
+        ("model.input.range=[0,1]", "model.input.range=[0.0,1.0]"),
+        ("model.optimizer.betas=[0,0.9]", "model.optimizer.betas=[0.0,0.9]"),
+        ("split.contamination.classes=[3,5]", "split.contamination.classes=[5,3]"),
+        ("split.contamination.classes=[3,5]", "split.contamination.classes=[5,3,5]"),
+        ("split.contamination.classes=[3,5]", "split.contamination.classes=['5',3]"),
+        ("split.contamination.classes=[3]", "split.contamination.classes=3"),
+        ("seed=4", "seed=4 split.seed=4"),
+    ],
+)
+def test_one_configuration_has_one_folder(one: str, same: str, tmp_path: Path) -> None:
+    jobs = [config.job(config.compose([*f"{words} data_dir={tmp_path}".split()])) for words in (one, same)]
+    assert jobs[0].out == jobs[1].out and jobs[0].identity == jobs[1].identity
+    jobs[1].refuse_other_settings(jobs[0].settings)
+
+
+def test_other_configurations_have_other_folders(tmp_path: Path) -> None:
+    words = ["split.contamination.classes=[3]", "split.contamination.classes=[3,5]", "split.seed=1", "seed=1", ""]
+    jobs = [config.job(config.compose([*f"{word} data_dir={tmp_path}".split()])) for word in words]
+    assert len({job.out for job in jobs}) == len(words)
+
+
+@pytest.mark.parametrize("words", ["model.optimizer.lr=inf", "model.optimizer.lr=nan", "model.detector.alpha=-inf"])
+def test_numbers_that_are_not_finite_are_refused_before_training(words: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"=(inf|nan|-inf): give a finite number"):
+        config.job(config.compose([words, f"data_dir={tmp_path}"]))
 
 
 def test_jobs_composed_together_are_those_composed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
