@@ -18,18 +18,18 @@ from anomaly_lab.batches import Batch, images_of, plain_batch
 from anomaly_lab.errors import RunFailed
 
 EXPLOSION = 1e3
-"""A loss that many times its value in the first step (or that large, for losses below 1) is a divergence."""
+"""A loss above this multiple of its first value (of 1, if that is smaller) is a divergence."""
 
 
 class Diverged(RunFailed):
-    """Training left the finite numbers, so there is no detector to score with."""
+    """Training diverged or collapsed, so there is no detector to score with."""
 
 
 class Scored(Metric):
     """One pass over a set of images: score, place, truth and decision of each, and the exact metrics of all.
 
-    torchmetrics' own binary metrics push whatever lies outside [0, 1] through a sigmoid, batch by batch, which ties
-    large scores. This one gathers raw scores and computes `anomaly_lab.metrics` once, in float64.
+    torchmetrics' own binary metrics apply a sigmoid to batches with values outside [0, 1], so large scores become ties.
+    This one gathers raw scores and computes `anomaly_lab.metrics` once, in float64.
     """
 
     is_differentiable = False
@@ -79,7 +79,7 @@ class Scored(Metric):
         }
 
     def summary(self) -> dict[str, float]:
-        """What `compute` gives, or where the truth is not known, or is the same of all, the mean score."""
+        """`compute`'s metrics; the mean score where the truth is unknown or of one kind."""
         ranked = self._truth and len(np.unique(self.truth)) == 2
         return self.compute() if ranked else {"mean_score": self.mean}
 
@@ -158,7 +158,7 @@ class Course:
         self.history: list[dict[str, float]] = []
         """Rows: epoch (from 1), the mean of every recorded value, seconds, val_score; nothing of the test images."""
         self.seconds_per_step: float | None = None
-        """Of the last epoch, as far as this process knows one."""
+        """Of the last epoch that this process has trained."""
         self._first_losses: dict[str, float] = {}
         self._first: dict[str, Tensor] = {}
         self._means: dict[str, tuple[Tensor, Tensor]] = {}  # sum and number; a captured step adds to this very memory
@@ -174,14 +174,14 @@ class Course:
         self._started, self._seconds = (time.perf_counter(), step), None
 
     def stop_clock(self, step: int) -> None:
-        """Training of this epoch ends here, at the first call; the time until the next epoch is not counted."""
+        """The first call in an epoch ends its training time."""
         if self._seconds is None:
             since, first = self._started
             self._seconds = time.perf_counter() - since
             self.seconds_per_step = self._seconds / max(step - first, 1)
 
     def record(self, name: str, value: Tensor) -> None:
-        """Add ``value`` (a scalar) to the epoch's mean of ``name``; read once an epoch, so the device never waits."""
+        """Add ``value`` (a scalar) to the epoch's mean of ``name``, without synchronising with the device."""
         if name not in self._first_losses:
             self._first.setdefault(name, value.detach())
         if name not in self._means:
@@ -261,7 +261,7 @@ class Stages:
         """Go to ``epoch``, counted from 1 over all stages; whether it is the first of its stage.
 
         Raises:
-            ValueError: the method has stages, and nobody has said how long they are.
+            ValueError: the method has stages, and `plan` has not been called.
         """
         if self._names and not self.epochs:
             raise ValueError(f"this method trains in stages: give the epochs of {', '.join(self._names)} with plan()")

@@ -22,18 +22,18 @@ from anomaly_lab.features import FeatureStore
 from anomaly_lab.splits import Partition, Split
 
 STEPS_SECONDS = 0.2
-"""About how long training goes on before Lightning is called again."""
+"""Training time between two calls by Lightning, about."""
 
 Part = Literal["train", "val", "test"]
 
 CPU = torch.device("cpu")
 
 AT_ONCE = 1000
-"""Images of a whole set that are prepared in one go; each step of it holds a copy of them in float32."""
+"""Images of a whole set that are prepared at once, as a float32 copy."""
 
 
 def scored_at_once(device: torch.device) -> int:
-    """Images in a batch of scoring unless the user says otherwise: what a CPU's caches hold, or what fills a GPU."""
+    """Default number of images scored at once: what a CPU's caches hold, or what fills a GPU."""
     return 100 if device.type == "cpu" else 1000
 
 
@@ -126,7 +126,7 @@ def whole(prepare: Callable[[Tensor], Tensor], stored: Tensor, device: torch.dev
 
 
 class Loader:
-    """Batches of images in their order. It slices an index tensor: no workers, no decoding, no copies but the batch.
+    """Batches of images in their order, by slicing: no workers, no decoding, no copies but the batch.
 
     Args:
         pixels: uint8 (N,C,H,W), or stored features, on the device where they fit, else in host memory.
@@ -194,11 +194,10 @@ class EpochImages:
         self.at_once = max(int(STEPS_SECONDS / seconds_per_step), 1) if seconds_per_step else 1
 
     def __iter__(self) -> Iterator[_Steps]:
-        """The epoch's steps, about `STEPS_SECONDS` of them at once: Lightning's work in between then costs little, and
-        a signal or a progress bar need not wait long. Nothing depends on how many they are.
+        """The epoch's steps, in items of about `STEPS_SECONDS`: Lightning's work between items costs little then, and
+        signals and the progress bar are soon answered. No result depends on the number of steps in an item.
 
-        Without a length, because Lightning asks for that once, and epochs may differ. It also asks for the first item
-        before the epoch has begun.
+        No ``__len__``: Lightning reads it once, and epochs may differ. It takes the first item before the epoch begins.
         """
         start = 0
         while start == 0 or start < len(self.order):
@@ -214,7 +213,7 @@ class EpochImages:
 
     def _order_of(self, stream: int) -> list[Tensor]:
         """Of each batch of the epoch the places (B,) of its images: the training order, or one of its own from 1 on."""
-        # A stream of its own for every epoch: what a validation pass or a resume does in between changes nothing.
+        # A stream of its own for every epoch, independent of validation passes and resumes.
         entropy = [self._seed, self._epoch - 1, stream] if stream else [self._seed, self._epoch - 1]
         state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
         generator = torch.Generator().manual_seed(int(state >> 1))
@@ -227,10 +226,10 @@ class EpochImages:
 
 
 class _Steps:
-    """Some steps of the epoch from number ``start`` on, looked up when they are asked for."""
+    """Some steps of the epoch from number ``start`` on, looked up on access."""
 
     def __init__(self, images: EpochImages, start: int) -> None:
-        self._images, self._start = images, start  # no tuple: Lightning would look into it for what to move
+        self._images, self._start = images, start  # not a tuple: Lightning would search it for tensors to move
 
     @property
     def positions(self) -> list[Tensor]:
@@ -255,17 +254,17 @@ class Closed(LightningDataModule):
 
 
 class OneClassData(LightningDataModule):
-    """One data set under one protocol, with one class named.
+    """One data set under one protocol, for one target class.
 
     Args:
         images: a data set, from one of the readers of `anomaly_lab.datasets`.
         split: a protocol of `anomaly_lab.splits`.
         target: the class the protocol names, by name or zero-based index.
         batch_size: images in a training batch. score_batch_size: images scored at once; None: `scored_at_once`.
-        epoch_steps: an epoch has at least so many steps: smaller training sets are passed several times, each time in
-            a new order, so that an epoch means about the same on 50 images as on 5000.
-        seed: of the partition (unless ``split.seed`` is set) and of the order of training images, which in epoch e
-            depends on (seed, e) alone: a resumed run sees what it would have seen.
+        epoch_steps: fewest steps of an epoch: smaller training sets are passed several times, each time in a new order,
+            so that an epoch means about the same on 50 images as on 5000.
+        seed: of the partition (unless ``split.seed`` is set) and of the order of training images. The order in epoch e
+            depends on (seed, e) alone, so a resumed run continues with the same one.
         features: where fixed features are kept, if ``prepare`` has any; None computes them for this object alone.
         labels: train on the labelled anomalies too (`Partition.with_labelled`), with the truth in every batch. For the
             supervised ceiling: a one-class method never sees either.

@@ -227,7 +227,7 @@ def freeze(module: nn.Module, *, persistent: bool = False) -> None:
 
 
 class _Cut(NamedTuple):
-    """How much of a torchvision network is used."""
+    """The part of a torchvision network that is used."""
 
     weights: str  # torchvision's enum of published weights
     layers: int  # of its ``.features``
@@ -247,7 +247,7 @@ Weights = Literal["torchvision", "file", "random"]
 
 
 class PerceptualFeatures(nn.Module):
-    """The first layers of a network trained on ImageNet, frozen (`freeze`): what is in an image, not which pixels.
+    """The first layers of a network trained on ImageNet, frozen (`freeze`).
 
     Grey images are repeated to three channels; [-1, 1] is mapped to ImageNet's mean and standard deviation.
 
@@ -255,12 +255,12 @@ class PerceptualFeatures(nn.Module):
         architecture: ``vgg19`` up to relu4_2, or ``squeezenet1_0`` up to fire6.
         weights: ``torchvision``: its published ones, from ``TORCH_HOME`` or fetched to there. ``file``: a state dict of
             the architecture at ``path``, with or without the classifier. ``random``: drawn from torch's global
-            generator (He et al. 2015); what pretraining is worth is the difference to these.
+            generator (He et al. 2015), the baseline without pretraining.
         path, sha256: of the ``file``; at least the first 8 hexadecimal digits of its checksum.
         statistics: ``path`` and ``sha256`` of channel statistics written by ``anomaly-lab-features``, or nulls.
 
     Attributes:
-        channels: K. checksum: SHA-256 of the weights that are used, whatever file they came from.
+        channels: K. checksum: SHA-256 of the weights that are used.
 
     Raises:
         ValueError: unknown names; a file that is missing, or another one than the checksum says; no network.
@@ -295,7 +295,7 @@ class PerceptualFeatures(nn.Module):
         cut = _CUTS[architecture]
         self.architecture, self.weights, self.channels = architecture, weights, cut.channels
         self._statistics = dict(statistics or {})
-        with torch.device("meta"):  # the classifiers of these networks are the larger part, and never needed
+        with torch.device("meta"):  # no memory for the classifier, the larger part
             layers = getattr(models, architecture)().features[: cut.layers]
         self.layers: nn.Sequential = layers.to_empty(device="cpu")
         if weights == "random":
@@ -331,7 +331,7 @@ class PerceptualFeatures(nn.Module):
 
     @property
     def source(self) -> dict[str, str]:
-        """What the features are: two of the same source give the same numbers."""
+        """Identifies the features: equal sources give equal numbers."""
         return {
             "architecture": self.architecture,
             "layer": f"features[:{_CUTS[self.architecture].layers}]",
@@ -392,7 +392,7 @@ def channel_statistics(batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
 def save_statistics(file: IO[bytes], features: PerceptualFeatures, mean: Tensor, std: Tensor, **origin: Any) -> None:
     """Write channel statistics (K,) for `PerceptualFeatures.given_statistics`, with what they are of.
 
-    origin: what else a reader wants to know of the images they were computed from, plain values.
+    origin: further provenance of the images, plain values.
     """
     provenance = json.dumps({"features": features.source | {"weights": features.weights}, **origin})
     np.savez(file, mean=mean.cpu().numpy(), std=std.cpu().numpy(), provenance=np.array(provenance))

@@ -1,7 +1,7 @@
-"""Players: the networks that one optimiser moves, and the one move they know.
+"""Players: the networks that one optimiser moves, and their move.
 
-A training step of an adversarial method is a game: each player goes down the gradient of its own loss, with respect to
-its own parameters. `minimise` is that move; everything else here says which optimiser and which schedule a player has.
+A training step of an adversarial method is a game: each player descends the gradient of its own loss with respect to
+its own parameters (`minimise`). `Learning` gives each player its optimiser and schedule.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class Player(NamedTuple):
 
 
 def parameters_of(networks: Sequence[nn.Module]) -> list[nn.Parameter]:
-    """The parameters of a player's networks, each once; frozen ones among them."""
+    """The parameters of a player's networks, each once, frozen ones included."""
     return list(dict.fromkeys(parameter for network in networks for parameter in network.parameters()))
 
 
@@ -39,9 +39,9 @@ def make_players(players: Mapping[str, Sequence[nn.Module]], factory: OptimizerF
 def minimise(losses: Mapping[str, Tensor], players: Mapping[str, Player], clip: float | None = None) -> None:
     """Move each player down the gradient of its own loss, with respect to its own parameters only.
 
-    All gradients are taken before anyone moves, so the players of one mapping play simultaneously. No gradient is left
-    on anybody's parameters: a leftover gradient silently cancels the adversarial term of the published USAD loop.
-    Parameters with ``requires_grad=False`` stay as they are.
+    All gradients are computed before the first move, so the players of one mapping move simultaneously. Afterwards
+    every ``grad`` is None: a leftover gradient silently cancels the adversarial term of the published USAD loop.
+    Parameters with ``requires_grad=False`` do not move.
 
     Args:
         losses: scalars by player. clip: largest L2 norm of one player's gradient; None does not clip.
@@ -106,7 +106,7 @@ class Learning:
 
 
 def step_schedules(schedules: Iterable[Any], players: Mapping[str, Player], moved: Collection[str]) -> None:
-    """One epoch further, for the schedules of the players that ``moved`` in this stage."""
+    """Step the schedules of the players that ``moved`` in this stage by one epoch."""
     moving = {id(getattr(players[name].optimizer, "optimizer", players[name].optimizer)) for name in moved}
     for schedule in schedules:
         if id(schedule.optimizer) in moving:

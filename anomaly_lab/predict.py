@@ -33,7 +33,7 @@ FILES_AT_ONCE = 256
 
 @dataclass(frozen=True)
 class FittedDetector:
-    """What a run learned, ready for images it has never seen. Made by `load_run`.
+    """A fitted detector, ready to score new images. Made by `load_run`.
 
     Arrays of images are uint8 in the layout (N,H,W), (N,H,W,C) or (N,C,H,W), of the channels and the size that the
     run's data set is stored in; `read` brings image files there. Anything else is a ValueError.
@@ -77,7 +77,7 @@ class FittedDetector:
         return decided
 
     def anomaly_map(self, images: NDArray[np.uint8]) -> NDArray[np.float32] | None:
-        """Where each image looks anomalous, float32 (N,S,S), as the network sees it; None if the method cannot say."""
+        """Anomaly map of each image, float32 (N,S,S), at the network's size; None if the method has none."""
         found = self._each(self.detector.anomaly_map, images)
         return None if found is None else found.astype(np.float32, copy=False)
 

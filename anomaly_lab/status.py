@@ -1,6 +1,6 @@
-"""How far runs are: done, running, queued, failed, interrupted, damaged or missing, by what lies in their folders.
+"""The state of runs, from the files in their folders: done, running, queued, failed, interrupted, damaged or missing.
 
-Imports nothing heavy, and asks Slurm once, where a run was submitted to it.
+Imports nothing heavy, and asks Slurm at most once.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ STATES = ("done", "running", "queued", "failed", "interrupted", "damaged", "miss
 
 
 class Status(NamedTuple):
-    """How far a run is."""
+    """The state of a run."""
 
     state: str  # one of STATES
     path: str  # of its folder, below the folder of runs
     detail: str = ""
-    with_slurm: bool = False  # it goes on by itself
+    with_slurm: bool = False  # running or queued there, it needs no further command
 
 
 def under(runs: str | Path, expected: Sequence[Job] | None = None) -> list[Status]:
