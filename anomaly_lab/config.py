@@ -48,12 +48,12 @@ IDENTITY = ("model", "dataset", "split", "trainer.precision", "trainer.threshold
 """Sections and keys that can change a result. Everything else (logger, paths, device, threads, progress) cannot."""
 
 NOT_IDENTITY = ("dataset.data_dir", "dataset.path", "dataset.name")
-"""Where the data lie (their checksum counts), and their name, which has its own place in the identity. Nor does a
-``path`` count that has a ``sha256`` beside it, which says what the file is."""
+"""Paths of the data (their checksum counts instead), and their name (the identity has it already). A ``path`` beside a
+``sha256`` does not count either: the checksum identifies the file."""
 
 OF_STEPS = ("model.budget.", "model.batch_size", "model.scheduler", "model.clip")
-"""What only training steps read: no part of the identity of a method that takes none (``optimizer: null``), which can
-so stand in the grid of an experiment that changes them."""
+"""Keys that only training steps read. They are no part of the identity of a method without steps (``optimizer: null``),
+so an experiment's grid may change them and include such a method once."""
 
 NAMES_OF_RUNS = ("normal_class", "abnormal_class", "seed")
 """Keys at the top of train.yaml that no other part of a configuration is chosen by."""

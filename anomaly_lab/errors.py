@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from anomaly_lab.files import UNWRITABLE
 
 DONE, FAILED, MISTAKE, INTERRUPTED, TERMINATED = 0, 1, 2, 130, 143
-"""Exit codes: everything asked for is there; a run failed or is left; the command itself is wrong; Ctrl-C; SIGTERM."""
+"""Exit codes: all runs are done; some failed or remain; the command itself is wrong; Ctrl-C; SIGTERM."""
 
 EXTRAS = {"hydra/sweeper/optuna": "optuna"}
 """Configs that come with an optional package, and the extra of ours that installs it."""
@@ -52,7 +52,7 @@ def exit_code(error: Exception) -> int:
 
 
 def explained(error: Exception) -> str | None:
-    """A user's mistake in one line that says what to do; None for a fault of ours, which keeps its traceback."""
+    """A user's mistake in one line that says what to do; None for a bug, whose traceback is needed."""
     # Late: --help needs no configuration.
     from hydra.errors import HydraException, InstantiationException, MissingConfigException, OverrideParseException
     from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException

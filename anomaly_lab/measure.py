@@ -34,7 +34,7 @@ HARDLY_BEGUN = 100
 
 
 class Measured(NamedTuple):
-    """What a fitted detector is worth: parts of ``result.json`` and the arrays beside it."""
+    """The measurements of a fitted detector: parts of ``result.json`` and the arrays beside it."""
 
     metrics: dict[str, float | None]
     by_kind: dict[str, Any]

@@ -171,11 +171,11 @@ class LatentCritic(nn.Sequential):
         super().__init__(*layers, nn.Linear(widths[-1], 1))
         for layer in (layer for layer in self if isinstance(layer, nn.Linear)):
             nn.init.xavier_uniform_(layer.weight, nn.init.calculate_gain("leaky_relu", 0.2))
-        nn.init.xavier_uniform_(layer.weight)  # of the last, which no leaky ReLU follows
+        nn.init.xavier_uniform_(layer.weight)  # the last layer: no leaky ReLU follows
 
 
 class MovingAverage(nn.Module):
-    """A copy of a network whose weights are the exponential moving average of the network's, to score with.
+    """A copy of a network to score with: its weights are the exponential moving average of the network's.
 
     Its weights are buffers: in every checkpoint, and no player's. Its own buffers (batch norm's statistics) are the
     network's at the last `follow`.
@@ -187,13 +187,13 @@ class MovingAverage(nn.Module):
     def __init__(self, network: nn.Module, decay: float) -> None:
         super().__init__()
         if not 0 <= decay < 1:
-            raise ValueError(f"a moving average keeps a share from 0 to below 1 of itself, not {decay}")
+            raise ValueError(f"decay={decay}: a moving average keeps a share of itself from 0 to below 1")
         self.network, self.decay = copy.deepcopy(network), decay
         freeze(self.network, persistent=True)
 
     @torch.no_grad()
     def follow(self, network: nn.Module) -> None:
-        """Move towards the weights that ``network`` has now."""
+        """Move the average towards the present weights of ``network``."""
         weights, others = dict(network.named_parameters()), dict(network.named_buffers())
         for name, mine in self.network.named_buffers():
             if name in weights:
@@ -319,7 +319,7 @@ class PerceptualFeatures(nn.Module):
         return _CUTS[self.architecture].smallest
 
     def refuse(self, image_shape: Sequence[int]) -> None:
-        """Raise a ValueError, with what to do, where images (C,S,S) have other channels or are too small."""
+        """Raise ValueError if images (C,S,S) have other channels or are too small."""
         channels, size, _ = image_shape
         if channels not in (1, 3):
             raise ValueError(f"pretrained features see 1 or 3 channels, not {channels}: set model.input.channels=3")

@@ -50,7 +50,7 @@ class Section:
 
 
 def sections(frame: pd.DataFrame, expected: Sequence[Job] = (), epochs: pd.DataFrame | None = None) -> list[Section]:
-    """What a report consists of: a section for every (data set, split); figures are drawn when called.
+    """The sections of a report, one for every (data set, split); figures are drawn when called.
 
     `epochs` is the frame of `results.read_epochs`; without it the figure of the course over epochs cannot be drawn.
     """
@@ -237,7 +237,7 @@ def _tests(comparisons: Sequence[Comparison]) -> tuple[list[list[str]], int]:
 
 
 class _Extra(NamedTuple):
-    """A further table of a section: what it shows, its header and its rows, the first cell of each a method."""
+    """A further table of a section. The first cell of each row is a method."""
 
     title: str
     note: str

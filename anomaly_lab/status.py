@@ -59,7 +59,7 @@ def under(runs: str | Path, expected: Sequence[Job] | None = None) -> list[Statu
 
 
 def of(job: Job, queue: Callable[[], slurm.Queue | None] = slurm.queue) -> Status:
-    """The state of one run. Who asks for many of them gives a ``queue`` that is asked once."""
+    """The state of one run. For many runs, give a cached ``queue``."""
     return _status(Path(job.cfg.runs), job.path, queue)
 
 

@@ -1,4 +1,4 @@
-"""Tables and tests of difference over the frame of `anomaly_lab.results`: numbers, without a word of how they look."""
+"""Tables and tests of difference over the frame of `anomaly_lab.results`: numbers, without formatting."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ MINIMUM_PAIRS = 6  # with five classes the smallest two-sided p-value of the sig
 
 
 LEARNED = 0.1
-"""Share of the held-out normals' variance beyond their mean image that reconstructions must explain, and below which a
-run is marked: one principal component explains .12 (a digit of MNIST) to .41 (a class of Fashion-MNIST) of it."""
+"""A run is marked if its reconstructions explain less than this share of the held-out normals' variance around their
+mean image: one principal component explains .12 (a digit of MNIST) to .41 (a class of Fashion-MNIST) of it."""
 
 MOVED = 1e-3
 """Relative change of the parameters below which a run is marked: the first Adam step of 2e-4 moves them further."""

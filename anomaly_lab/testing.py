@@ -41,10 +41,10 @@ from anomaly_lab.errors import RunFailed, explained, shortened
 from anomaly_lab.players import parameters_of
 
 KEPT, FEW = (64, 16), 24
-"""How many training images and held-out normals there are, and test images that are scored."""
+"""Numbers of training images and held-out normals, and of test images that are scored."""
 
 NEAR = (1e-4, 1e-6)
-"""How far the scores of one image may lie apart, relative and absolute: other batch sizes sum in other orders."""
+"""Relative and absolute tolerance between scores of one image: other batch sizes sum in other orders."""
 
 QUICK = {"trainer.progress": False, "trainer.accelerator": "cpu", "trainer.checkpoint_every": 1}
 
@@ -79,7 +79,7 @@ def check(model: str, *overrides: str) -> None:
 
 
 def examine(overrides: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
-    """Check after check: what is held, and a line for each fault. Ends early where nothing can follow."""
+    """Run the checks: the name of each and its faults, a line each. Ends early without a detector to check."""
     with tempfile.TemporaryDirectory() as folder, _undisturbed():
         cfg = config.compose(overrides)
         cfg = _with(cfg, {**_short(cfg, overrides), "runs": folder})
@@ -97,7 +97,7 @@ def examine(overrides: Sequence[str]) -> Iterator[tuple[str, list[str]]]:
 
 
 def _short(cfg: DictConfig, given: Sequence[str]) -> dict[str, Any]:
-    """What makes the training of ``cfg`` a short one; a key that the user has ``given`` stays."""
+    """Overrides that shorten the training of ``cfg``, except keys that the user has ``given``."""
     budget, stages = cfg.model.budget, cfg.model.budget.get("stages") or {}
     short: dict[str, Any] = {"model.budget.epoch_steps": 2, "model.batch_size": min(cfg.model.batch_size, 32), **QUICK}
     if not any(word.startswith(("model.budget.epochs", "model.budget.steps", "model.budget.stages")) for word in given):
@@ -113,7 +113,7 @@ def _short(cfg: DictConfig, given: Sequence[str]) -> dict[str, Any]:
 
 
 class _Untrainable(Exception):
-    """There is no detector to go on with."""
+    """The detector cannot be made or trained, so the remaining checks are skipped."""
 
 
 class _Killed(Exception):
@@ -123,7 +123,7 @@ class _Killed(Exception):
 class _EpochEnds(Checkpoint):
     """Keeps the checkpoint of every epoch, and on request ends training there as a kill would.
 
-    A Checkpoint, because Lightning calls those after everybody else, and the one that writes the file before this one.
+    A Checkpoint: Lightning calls those after all other callbacks, and the one that writes the file before this one.
     """
 
     def __init__(self, path: Path, kept: list[dict[str, Any]], kill: bool) -> None:
@@ -150,7 +150,7 @@ class _Case:
     def __init__(self, cfg: DictConfig) -> None:
         self.cfg = cfg
         self.source = ""
-        """The file of the method's class, once that is known."""
+        """The file of the method's class, once `make` has found it."""
 
     def make(self, cfg: DictConfig | None = None, shape: tuple[int, int, int] | None = None) -> Detector:
         """The untrained detector. Raises `_Untrainable` with the reason."""
@@ -476,7 +476,7 @@ CHECKS: tuple[tuple[str, Callable[[_Case], Iterator[str]]], ...] = (
     ("a training killed after every epoch ends with the same bits", _resume),
     ("images of another size and with other channels", _other_images),
 )
-"""What is held, and who holds it."""
+"""Every check: what it asserts, and the function that finds its faults."""
 
 
 # Pieces ---------------------------------------------------------------------------------------------------------------
@@ -499,7 +499,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _kept(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """What of a checkpoint must be the same in every training: all but the time."""
+    """The parts of a checkpoint that must be equal in every training: all but the seconds."""
     own = dict(checkpoint["anomaly_lab"])
     own["history"] = [{name: value for name, value in row.items() if name != "seconds"} for row in own["history"]]
     names = ("state_dict", "optimizer_states", "lr_schedulers")
@@ -521,7 +521,7 @@ def _difference(one: Any, two: Any, name: str = "") -> str | None:
 
 
 def _thinned(data: OneClassData) -> OneClassData:
-    """The same with few training images and held-out normals, however large the data set is."""
+    """``data`` with few training images and held-out normals."""
     whole, (train, val) = data.partition, (_spread(data.partition.train, KEPT[0]), _spread(data.partition.val, KEPT[1]))
     data.partition = dataclasses.replace(
         whole, train=whole.train[train], train_truth=whole.train_truth[train], val=whole.val[val]
@@ -530,7 +530,7 @@ def _thinned(data: OneClassData) -> OneClassData:
 
 
 def _spread(places: Sized, most: int) -> NDArray[np.int64]:
-    """At most so many of the places, evenly spread."""
+    """At most ``most`` of the positions, evenly spread."""
     return np.unique(np.linspace(0, len(places) - 1, min(most, len(places))).astype(np.int64))
 
 
@@ -555,7 +555,7 @@ def _some(names: Sequence[str]) -> str:
 
 
 def _stir(seed: int) -> None:
-    """Put the global generators somewhere."""
+    """Seed the global generators."""
     torch.manual_seed(seed)
     np.random.seed(seed)
     random.seed(seed)
@@ -563,7 +563,7 @@ def _stir(seed: int) -> None:
 
 @contextmanager
 def _undisturbed() -> Iterator[None]:
-    """The global generators afterwards as they were, and what Lightning says about every training unsaid."""
+    """Restore the global generators after the block, and silence Lightning during it."""
     states = np.random.get_state(), random.getstate()
     loggers = [logging.getLogger(name) for name in ("lightning.pytorch", "lightning.fabric")]
     levels = [logger.level for logger in loggers]

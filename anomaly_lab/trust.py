@@ -59,7 +59,7 @@ def _within(module: str, packages: Sequence[str]) -> bool:
 
 
 def _targets(section: Any, key: str) -> Iterator[tuple[str, Any]]:
-    """What a section and all below it name, outermost first. Interpolations count: they would be filled in later."""
+    """Every ``_target_`` in a section, outermost first, unresolved interpolations included."""
     if isinstance(section, Mapping):
         if "_target_" in section:
             yield key, section["_target_"]
