@@ -42,6 +42,7 @@ REDUCED = {
     # What follows from fewer epochs.
     *(f"{key}.{rest}" for key in ("optimizer", "optimizer.autoencoder", "optimizer.svdd") for rest in ("lr",)),
     *(f"{key}.milestones" for key in ("scheduler", "scheduler.autoencoder", "scheduler.svdd")),
+    "scheduler.T_max",
     "detector.warm_up",
     "detector.inner",
     "detector.estimator_width",

@@ -147,6 +147,13 @@ def test_networks_have_the_sizes_of_the_authors_code(
     assert made.reconstruct(images(2, shape)).shape == (2, *shape)
 
 
+def test_a_decoder_reaches_every_even_size() -> None:
+    for size in (8, 14, 16, 20, 28, 30, 32):
+        shape = (1, size, size)
+        made = detector("conv_ae", shape=shape)
+        assert made.reconstruct(images(2, shape)).shape == (2, *shape)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [

@@ -99,7 +99,7 @@ class LeNetDecoder(nn.Module):
         )
         self.norms = nn.ModuleList(_norm(width) for width in reversed(widths))
         self.plain = len(self.convolutions) - doublings  # convolutions before the first doubling
-        self.crop = (2 ** (doublings + 1) - size // 2) // 2
+        self.undoubled = size // 2
 
     def forward(self, z: Tensor) -> Tensor:
         """(B,d) -> (B,C,S,S) in (0, 1)"""
@@ -107,8 +107,9 @@ class LeNetDecoder(nn.Module):
         last = len(self.convolutions) - 1
         for position, convolution in enumerate(self.convolutions):
             if position >= self.plain:
-                if position == last and self.crop:
-                    h = h[..., self.crop : -self.crop, self.crop : -self.crop]
+                if position == last:
+                    start = (h.shape[-1] - self.undoubled) // 2
+                    h = h[..., start : start + self.undoubled, start : start + self.undoubled]
                 h = F.interpolate(h, scale_factor=2)
             h = convolution(h)
             if position < last:

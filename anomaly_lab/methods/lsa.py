@@ -1,0 +1,143 @@
+"""Latent-space autoregression: an autoencoder whose codes have a density of their own (Abati et al. 2019).
+
+Legend of the shape comments: B images, C channels, S = image size, d = latent size, w = estimator's width, Q = bins.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from anomaly_lab.detector import Batch, Detector
+
+
+class _Masked(nn.Linear):
+    """Units for every code entry, which see the entries before it, and with ``own`` that itself: (B,d a) -> (B,d b)."""
+
+    mask: Tensor
+
+    def __init__(self, latent_size: int, a: int, b: int, *, own: bool) -> None:
+        super().__init__(latent_size * a, latent_size * b)
+        seen = torch.ones(latent_size, latent_size).tril(0 if own else -1)  # [entry, what it sees]
+        self.register_buffer("mask", seen.repeat_interleave(b, 0).repeat_interleave(a, 1), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight * self.mask, self.bias)
+
+
+class Estimator(nn.Module):
+    """log p(z_i | z_1, ..., z_{i-1}) over Q bins of [0, 1], for every i: (B,d) -> logits (B,d,Q)."""
+
+    def __init__(self, latent_size: int, width: int, bins: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for position, (a, b) in enumerate(itertools.pairwise([1, width, width, width, width, bins])):
+            layers += [nn.LeakyReLU(0.01)] * (position > 0) + [_Masked(latent_size, a, b, own=position > 0)]
+        self.layers = nn.Sequential(*layers)
+        self.bins = bins
+
+    def forward(self, z: Tensor) -> Tensor:
+        logits: Tensor = self.layers(z)
+        return logits.view(*z.shape, self.bins)
+
+    def negative_log_likelihood(self, z: Tensor) -> Tensor:
+        """-log p(z), in nats: (B,d) -> (B,). A gradient reaches z through what is conditioned on alone."""
+        target = (z.detach() * self.bins).long().clamp(0, self.bins - 1)
+        return F.cross_entropy(self(z).transpose(1, 2), target, reduction="none").sum(1)
+
+
+class LSA(Detector):
+    """Surprise and error: images are odd when their code is unlikely or their reconstruction bad.
+
+    Abati, Porrello, Calderara & Cucchiara, "Latent space autoregression for novelty detection", CVPR 2019; the authors'
+    code (aimagelab/novelty-detection@055d393) holds networks and test, training is made from the paper. A code z in
+    (0, 1)^d is cut into Q bins for its density alone:
+
+        L = |x - x^|_2^2 - lambda log p(z),    summed over pixels and entries
+
+    The score is the sum of both terms after each has been scaled by its minimum and maximum among the training images.
+
+    *Where we differ from the authors' code:* its scales come from a tenth of the training normals drawn anew at the
+    test, which had trained as well; ours from all that trained. No residual blocks for colour images.
+
+    Args:
+        widths: channels of the encoder's stride-2 convolutions, the decoder's in reverse. hidden: units between the
+        convolutions and the code. latent_size: d. estimator_width: w. bins: Q. nll_weight: lambda.
+    """
+
+    scales: Tensor  # (2,2): minimum and maximum of reconstruction and of nll
+
+    def __init__(
+        self,
+        image_shape: Sequence[int],
+        *,
+        widths: Sequence[int],
+        hidden: int,
+        latent_size: int,
+        estimator_width: int,
+        bins: int,
+        nll_weight: float,
+    ) -> None:
+        super().__init__(image_shape)
+        channels, size, _ = image_shape
+        if size % 2 ** len(widths):
+            raise ValueError(
+                f"{len(widths)} halvings need a model.input.size that {2 ** len(widths)} divides, not {size}"
+            )
+        side, slope = size >> len(widths), 0.01
+        down: list[nn.Module] = []
+        for a, b in itertools.pairwise([channels, *widths]):
+            down += [nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.LeakyReLU(slope)]
+        self.encoder = nn.Sequential(
+            *down,
+            nn.Flatten(),
+            *(nn.Linear(widths[-1] * side**2, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(slope)),
+            *(nn.Linear(hidden, latent_size), nn.Sigmoid()),
+        )
+        up: list[nn.Module] = []
+        for a, b in itertools.pairwise([*reversed(widths), widths[0]]):
+            up += [nn.ConvTranspose2d(a, b, 4, 2, 1), nn.BatchNorm2d(b), nn.LeakyReLU(slope)]
+        self.decoder = nn.Sequential(
+            *(nn.Linear(latent_size, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(slope)),
+            *(nn.Linear(hidden, widths[-1] * side**2), nn.BatchNorm1d(widths[-1] * side**2), nn.LeakyReLU(slope)),
+            nn.Unflatten(1, (widths[-1], side, side)),
+            *up,
+            nn.Conv2d(widths[0], channels, 1, bias=False),  # without an activation, as in the authors' code
+        )
+        self.estimator = Estimator(latent_size, estimator_width, bins)
+        self.nll_weight = nll_weight
+        self.register_buffer("scales", torch.tensor([[0.0, 1.0], [0.0, 1.0]]))
+
+    def players(self) -> Mapping[str, Sequence[nn.Module]]:
+        return {"lsa": [self.encoder, self.decoder, self.estimator]}
+
+    def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
+        terms = self.terms(batch.x)
+        yield {"lsa": terms["reconstruction"].mean() + self.nll_weight * terms["nll"].mean()}
+        for name, term in terms.items():
+            self.record(f"loss_{name}", term.mean())
+
+    def terms(self, x: Tensor) -> Mapping[str, Tensor]:
+        z = self.encoder(x)
+        error = (x - self.decoder(z)).square().sum((1, 2, 3))
+        return {"reconstruction": error, "nll": self.estimator.negative_log_likelihood(z)}
+
+    @property
+    def scored_after_fit(self) -> bool:
+        return True
+
+    def after_fit(self, images: Tensor) -> None:
+        found = [torch.stack(list(self.terms(x).values())) for x in images.split(1000)]  # (2,B) each
+        self.scales.copy_(torch.stack(torch.cat(found, 1).aminmax(dim=1), 1))
+
+    def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
+        low, high = self.scales.unbind(1)
+        both = torch.stack([terms["reconstruction"], terms["nll"]], 1)  # (B,2)
+        return ((both - low) / (high - low).clamp(min=1e-6)).sum(1)  # of an untrained estimator: no range
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        return self.decoder(self.encoder(x))

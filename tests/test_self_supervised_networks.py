@@ -1,0 +1,202 @@
+"""Rotation prediction, latent-space autoregression, gated PixelCNN, and neighbours among pretrained features: their
+equations with plain torch, and what each network may not see.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import math
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from test_methods import batch, detector, images
+from torch import Tensor
+from torch.nn import functional as F
+
+from anomaly_lab.batches import Batch
+from anomaly_lab.methods.lsa import LSA, Estimator
+from anomaly_lab.methods.pixelcnn import GatedPixelCNN
+from anomaly_lab.methods.pretrained_neighbours import PatchCore, PretrainedNeighbours, farthest_first
+from anomaly_lab.methods.rotation_prediction import RotationPrediction, translated
+
+# Rotation prediction ------------------------------------------------------------------------------------------------
+
+
+def rotnet(*overrides: str) -> RotationPrediction:
+    made = detector("rotnet", *overrides)
+    assert isinstance(made, RotationPrediction)
+    return made
+
+
+def test_a_translation_reflects_the_border() -> None:
+    x = torch.arange(5.0).repeat(5, 1)[None, None]  # columns 0 to 4
+    right, back, stay = (translated(x, torch.tensor([[step], [0]]), 2)[0, 0, 0].tolist() for step in (2, 1, 0))
+    assert (right, back, stay) == ([2, 1, 0, 1, 2], [2, 3, 4, 3, 2], [0, 1, 2, 3, 4])
+    down = translated(x.transpose(2, 3), torch.tensor([[0], [2]]), 2)[0, 0, :, 0]
+    assert down.tolist() == [2, 1, 0, 1, 2]
+
+
+def test_rotation_prediction_asks_for_what_was_done_in_all_rotations() -> None:
+    made, x = rotnet(), images()
+    state = made.noise.get_state()
+    (losses,) = made.plays(batch())
+    made.noise.set_state(state)
+    steps = torch.randint(3, (2, 8), generator=made.noise)
+    moved = torch.cat([translated(x[i : i + 1], steps[:, i : i + 1], 8) for i in range(8)])
+    views = torch.cat([torch.stack([torch.rot90(one, turn, (1, 2)) for one in moved]) for turn in range(4)])
+    logits = made.classifier(views)
+    parts = (logits[:, :4].log_softmax(1), logits[:, 4:7].log_softmax(1), logits[:, 7:].log_softmax(1))
+    loss = torch.zeros(())
+    for view, (turn, i) in enumerate(itertools.product(range(4), range(8))):
+        loss = loss - (parts[0][view, turn] + parts[1][view, steps[0, i]] + parts[2][view, steps[1, i]]) / (3 * 32)
+    torch.testing.assert_close(losses["classifier"], loss)
+    assert len(set(steps[0].tolist())) > 1, "one translation for all would pass"
+
+
+@pytest.mark.parametrize("shift", [0, 8])
+def test_its_score_is_the_missing_confidence_in_what_was_done(shift: int) -> None:
+    made, x = rotnet(f"model.detector.shift={shift}").eval(), images(2)
+    expected = torch.zeros(2)
+    places = list(itertools.product(range(3 if shift else 1), repeat=2))
+    for (step_x, step_y), turn in itertools.product(places, range(4)):
+        view = torch.rot90(translated(x, torch.tensor([[step_x] * 2, [step_y] * 2]), shift), turn, (2, 3))
+        logits = made.classifier(view)
+        p = logits[:, :4].softmax(1)[:, turn]
+        if shift:
+            p = p + logits[:, 4:7].softmax(1)[:, step_x] + logits[:, 7:].softmax(1)[:, step_y]
+        expected -= p.detach() / (4 * len(places))
+    with torch.no_grad():
+        torch.testing.assert_close(made.score(x), expected)
+        assert made.terms(x).keys() == ({"rotation", "translation_x", "translation_y"} if shift else {"rotation"})
+
+
+# Latent-space autoregression ----------------------------------------------------------------------------------------
+
+
+def test_the_estimator_sees_earlier_entries_alone() -> None:
+    torch.manual_seed(0)
+    estimator, z = Estimator(6, 3, 10).double(), torch.rand(1, 6, dtype=torch.double)
+    seen = torch.autograd.functional.jacobian(lambda code: estimator(code)[0].sum(1), z)[:, 0]  # (6,6)
+    assert torch.equal(seen != 0, torch.ones(6, 6).tril(-1).bool())
+
+
+def test_lsa_losses_and_score_are_the_papers_equations() -> None:
+    made, x = detector("lsa"), images()
+    assert isinstance(made, LSA)
+    made.nll_weight = 0.5
+    with torch.no_grad():
+        made.encoder[-2].weight.mul_(30)  # untrained, all codes lie in the same bins
+    (losses,) = made.plays(batch())
+
+    def terms(x: Tensor) -> tuple[Tensor, Tensor]:
+        z = made.encoder(x)
+        probability = made.estimator(z).softmax(2)  # (B,d,Q)
+        bins = (z * 100).floor().long().clamp(max=99)
+        nll = -sum(probability[:, i].gather(1, bins[:, i : i + 1]).log() for i in range(64)).squeeze(1)  # type: ignore[union-attr]
+        return ((x - made.decoder(z)) ** 2).flatten(1).sum(1), nll
+
+    error, nll = terms(x)
+    torch.testing.assert_close(losses["lsa"], error.mean() + 0.5 * nll.mean())
+    made.eval()
+    with torch.no_grad():
+        made.after_fit(images(30, seed=2))
+        scaled = [
+            (found - fitted.min()) / (fitted.max() - fitted.min())
+            for found, fitted in zip(terms(x), terms(images(30, seed=2)), strict=True)
+        ]
+        torch.testing.assert_close(made.score(x), scaled[0] + scaled[1], rtol=1e-4, atol=1e-4)
+
+
+# PixelCNN -----------------------------------------------------------------------------------------------------------
+
+
+def pixelcnn(*overrides: str, shape: tuple[int, int, int] = (1, 8, 8)) -> GatedPixelCNN:
+    made = detector("pixelcnn", "model.detector.levels=5", *overrides, shape=shape)
+    assert isinstance(made, GatedPixelCNN)
+    return made
+
+
+def test_a_pixel_is_predicted_from_those_before_it_and_from_all_of_them() -> None:
+    made = pixelcnn(shape=(2, 6, 6))
+    level = torch.randint(5, (1, 2, 6, 6), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        before = made.predicted(level, torch.zeros(()))
+        for row, column in [(0, 0), (2, 3), (5, 5)]:
+            changed = level.clone()
+            changed[0, 0, row, column] = (changed[0, 0, row, column] + 2) % 5
+            differs = (made.predicted(changed, torch.zeros(())) != before).any(1)[0].any(0)  # (6,6)
+            later = torch.zeros(36, dtype=torch.bool)
+            later[row * 6 + column + 1 :] = True
+            assert not (differs.flatten() & ~later).any(), "it sees itself or what comes after"
+            assert differs.flatten()[row * 6 + column + 1 : row * 6 + column + 3].all() or (row, column) == (5, 5)
+
+
+def test_pixelcnn_counts_bits_and_takes_away_those_of_a_png() -> None:
+    made = pixelcnn("model.detector.complexity_weight=0.5")
+    x = torch.rand(3, 1, 8, 8, generator=torch.Generator().manual_seed(1))
+    level = (x * 5).floor().long()
+    probability = made.predicted(level, x).softmax(1)  # (B,Q,1,8,8)
+    bits = torch.zeros(3)
+    for place in itertools.product(range(3), range(8), range(8)):
+        b, i, j = place
+        bits[b] -= math.log2(probability[b, level[b, 0, i, j], 0, i, j].item())
+    terms = made.terms(x)
+    torch.testing.assert_close(terms["bits"], bits, rtol=1e-4, atol=1e-3)
+    (losses,) = made.plays(Batch(x, torch.arange(3)))
+    torch.testing.assert_close(losses["pixelcnn"], bits.mean() / 64, rtol=1e-4, atol=1e-4)
+    sizes = []
+    for image in level[:, 0].numpy():
+        file = io.BytesIO()
+        Image.fromarray((image * 255 // 4).astype(np.uint8)).save(file, "PNG", optimize=True)
+        sizes.append(len(file.getvalue()) * 8)
+    assert terms["png_bits"].tolist() == sizes
+    torch.testing.assert_close(made.score(x), terms["bits"] - 0.5 * terms["png_bits"])
+    flat = made.terms(torch.full((1, 1, 8, 8), 0.3))
+    assert flat["png_bits"].item() < min(sizes), "a flat image is no cheaper"
+
+
+# Pretrained features ------------------------------------------------------------------------------------------------
+
+
+def test_pretrained_neighbours_are_the_nearest_in_mean_features() -> None:
+    made, x = detector("pretrained_knn").eval(), images(3)
+    assert isinstance(made, PretrainedNeighbours)
+    with torch.no_grad():
+        bank = torch.stack([made.features(one[None])[0].flatten(1).mean(1) for one in images(30, seed=2)])
+        for image, score in zip(x, made.score(x), strict=True):
+            distance = ((made.features(image[None])[0].flatten(1).mean(1) - bank) ** 2).sum(1)
+            torch.testing.assert_close(score, distance.sort().values[:2].mean(), rtol=1e-3, atol=1e-4)
+
+
+def test_patches_are_kept_farthest_first() -> None:
+    points = torch.tensor([[0.0], [1.0], [10.0], [4.0], [9.5]])
+    assert farthest_first(points, 4).tolist() == [0, 2, 3, 1]
+
+
+def test_patchcore_is_the_oddest_patch_weighted_by_its_neighbours() -> None:
+    made, x = detector("patchcore", "model.detector.share=0.2", "model.detector.k=3").eval(), images(4)
+    assert isinstance(made, PatchCore)
+    bank = made.get_buffer("bank")
+    with torch.no_grad():
+        maps = made.anomaly_map(x)
+        scores = made.score(x)
+        for image, score, heat in zip(x, scores, maps, strict=True):
+            features = made.features(image[None])
+            padded = F.pad(features, (1, 1, 1, 1))
+            counted = F.pad(torch.ones_like(features), (1, 1, 1, 1))
+            around = [(i, j) for i in range(3) for j in range(3)]
+            s = features.shape[-1]
+            total = sum(padded[..., i : i + s, j : j + s] for i, j in around)
+            patches = (total / sum(counted[..., i : i + s, j : j + s] for i, j in around))[0].flatten(1).T
+            distance = torch.stack([(patch - bank).norm(dim=1) for patch in patches])
+            nearest = distance.min(1)
+            odd = nearest.values.argmax()
+            star = bank[nearest.indices[odd]]
+            neighbours = bank[(bank - star).norm(dim=1).sort().indices[:3]]
+            scale = bank.shape[1] ** 0.5
+            share = (nearest.values[odd] / scale).exp() / ((patches[odd] - neighbours).norm(dim=1) / scale).exp().sum()
+            torch.testing.assert_close(score, (1 - share) * nearest.values[odd], rtol=1e-3, atol=1e-4)
+            assert heat.shape == (32, 32)
