@@ -78,11 +78,7 @@ class DCGANEncoder(nn.Sequential):
         layers: list[nn.Module] = [nn.Conv2d(channels, width, 4, 2, 1, bias=False), nn.LeakyReLU(0.2)]
         layers += _extra(width, extra_layers, nn.LeakyReLU(0.2))
         for _ in range(_halvings(size) - 1):
-            layers += [
-                nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False),
-                norm(2 * width),
-                nn.LeakyReLU(0.2),
-            ]
+            layers += [nn.Conv2d(width, 2 * width, 4, 2, 1, bias=False), norm(2 * width), nn.LeakyReLU(0.2)]
             width *= 2
         layers += [nn.Conv2d(width, latent_size, 4, 1, 0, bias=False), nn.Flatten()]
         super().__init__(*layers, *([nn.Tanh()] if tanh else []))
@@ -102,28 +98,14 @@ class DCGANDecoder(nn.Sequential):
     """
 
     def __init__(
-        self,
-        channels: int,
-        size: int,
-        width: int,
-        latent_size: int,
-        activation: nn.Module,
-        extra_layers: int = 0,
+        self, channels: int, size: int, width: int, latent_size: int, activation: nn.Module, extra_layers: int = 0
     ) -> None:
         halvings = _halvings(size)
         wide = width * 2 ** (halvings - 1)
         layers: list[nn.Module] = [nn.Unflatten(1, (latent_size, 1, 1))]
-        layers += [
-            nn.ConvTranspose2d(latent_size, wide, 4, 1, 0, bias=False),
-            nn.BatchNorm2d(wide),
-            activation,
-        ]
+        layers += [nn.ConvTranspose2d(latent_size, wide, 4, 1, 0, bias=False), nn.BatchNorm2d(wide), activation]
         for _ in range(halvings - 1):
-            layers += [
-                nn.ConvTranspose2d(wide, wide // 2, 4, 2, 1, bias=False),
-                nn.BatchNorm2d(wide // 2),
-                activation,
-            ]
+            layers += [nn.ConvTranspose2d(wide, wide // 2, 4, 2, 1, bias=False), nn.BatchNorm2d(wide // 2), activation]
             wide //= 2
         layers += _extra(wide, extra_layers, activation)
         super().__init__(*layers, nn.ConvTranspose2d(wide, channels, 4, 2, 1, bias=False), nn.Tanh())
@@ -238,10 +220,7 @@ class _Cut(NamedTuple):
 # VGG19 up to relu4_2 is PIAD's choice: stride 8, the second convolution at that stride, the tenth in all. SqueezeNet
 # is cut at the corresponding place: stride 8, the second fire module at that stride, eleven convolutions deep. Images
 # of 32 pixels leave 4×4 and 3×3 positions; one pooling further, SqueezeNet would leave a single one.
-_CUTS = {
-    "vgg19": _Cut("VGG19_Weights", 23, 512, 8),
-    "squeezenet1_0": _Cut("SqueezeNet1_0_Weights", 9, 384, 16),
-}
+_CUTS = {"vgg19": _Cut("VGG19_Weights", 23, 512, 8), "squeezenet1_0": _Cut("SqueezeNet1_0_Weights", 9, 384, 16)}
 
 Weights = Literal["torchvision", "file", "random"]
 

@@ -247,11 +247,7 @@ class _Extra(NamedTuple):
 
 def _extras(frame: pd.DataFrame) -> list[_Extra]:
     """Tables that only some runs have: kinds of anomaly, rejected training images, what batch norm leaks."""
-    makers = {
-        "auroc_seen": _kinds,
-        "rejected_images": _rejected,
-        "oracle_sorted_auroc": _leaks,
-    }
+    makers = {"auroc_seen": _kinds, "rejected_images": _rejected, "oracle_sorted_auroc": _leaks}
     short, common = _short(frame)
     found = []
     for column, make in makers.items():
@@ -356,12 +352,7 @@ def _markdown_section(section: Section, oracle: bool, folder: str) -> str:
             out += [f"![{_inert(_figure_text(section, name))}]({folder}/{name})", ""]
     if len(section.frame):
         header, summary = _summary(section.frame)
-        out += [
-            _SUMMARY_NOTE,
-            "",
-            *_markdown_table(header, [[f"`{row[0]}`", *row[1:]] for row in summary]),
-            "",
-        ]
+        out += [_SUMMARY_NOTE, "", *_markdown_table(header, [[f"`{row[0]}`", *row[1:]] for row in summary]), ""]
     for extra in _extras(section.frame):
         named = [[row[0] if row[0].startswith("published") else f"`{row[0]}`", *row[1:]] for row in extra.rows]
         block = [_inert(extra.note), "", *_markdown_table(extra.header, named)]
@@ -423,11 +414,7 @@ def latex(parts: Sequence[Section], *, oracle: bool = False) -> str:
     for section in parts:
         header = _header(section.table)
         wide = len(header) > 9
-        out += [
-            r"\begin{table}",
-            r"\centering",
-            rf"\caption{{{_latex_text(f'{section.title}. {_caption(section)}')}}}",
-        ]
+        out += [r"\begin{table}", r"\centering", rf"\caption{{{_latex_text(f'{section.title}. {_caption(section)}')}}}"]
         out += [rf"\label{{tab:{section.slug}}}", *([r"\resizebox{\linewidth}{!}{%"] if wide else [])]
         out += [rf"\begin{{tabular}}{{l{'r' * (len(header) - 1)}}}", r"\toprule"]
         out += [" & ".join(map(_latex_text, header)) + r" \\", r"\midrule"]

@@ -126,11 +126,7 @@ class AdversarialAutoencoder(DenseAutoencoder):
         self.critic = _dense([latent_size, critic_width, critic_width, 1])
 
     def players(self) -> Mapping[str, Sequence[nn.Module]]:
-        return {
-            "autoencoder": [self.encoder, self.decoder],
-            "critic": [self.critic],
-            "encoder": [self.encoder],
-        }
+        return {"autoencoder": [self.encoder, self.decoder], "critic": [self.critic], "encoder": [self.encoder]}
 
     def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
         x, w = batch.x, self.weights(batch)  # (B,C,S,S), (B,)

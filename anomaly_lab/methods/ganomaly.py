@@ -75,10 +75,7 @@ class GANomaly(Detector):
         self.register_buffer("collapsed", torch.zeros((), dtype=torch.bool), persistent=False)
 
     def players(self) -> Mapping[str, Sequence[nn.Module]]:
-        return {
-            "generator": [self.encoder, self.decoder, self.second_encoder],
-            "discriminator": [self.discriminator],
-        }
+        return {"generator": [self.encoder, self.decoder, self.second_encoder], "discriminator": [self.discriminator]}
 
     def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
         x = batch.x

@@ -46,14 +46,7 @@ class EncoderDecoderEncoder(Detector):
     """
 
     def __init__(
-        self,
-        image_shape: Sequence[int],
-        *,
-        width: int,
-        latent_size: int,
-        alpha: float,
-        beta: float,
-        omega: float,
+        self, image_shape: Sequence[int], *, width: int, latent_size: int, alpha: float, beta: float, omega: float
     ) -> None:
         super().__init__(image_shape)
         if beta == 0 and omega != 1:
