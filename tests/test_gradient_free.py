@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 import pytest
+import scipy.spatial
 import torch
+from numpy.typing import NDArray
+from sklearn import ensemble, mixture, neighbors, svm
 from sklearn.decomposition import PCA as SklearnPCA
 from torch import Tensor
 from torch.distributions import MultivariateNormal
@@ -15,6 +19,14 @@ from torch.distributions import MultivariateNormal
 from anomaly_lab import config
 from anomaly_lab.build import make_data, make_detector
 from anomaly_lab.detector import Detector, scores
+from anomaly_lab.methods.classical import (
+    BANDWIDTHS,
+    GaussianMixture,
+    IsolationForest,
+    KernelDensity,
+    LocalOutlierFactor,
+    OneClassSVM,
+)
 from anomaly_lab.methods.knn import NearestNeighbours
 from anomaly_lab.methods.mean_image import MeanImage
 from anomaly_lab.methods.pca import PCA, log_likelihoods, principal_axes
@@ -145,3 +157,92 @@ def test_the_mean_image_on_mnist(data_dir: Path) -> None:
         found.append(auroc(scores(made, data.prepared("test")).score.numpy(), data.partition.test_truth))
     expected = [0.968, 0.988, 0.796, 0.860, 0.877, 0.727, 0.875, 0.911, 0.799, 0.882]
     np.testing.assert_allclose(found, expected, atol=6e-4)
+
+
+# The scikit-learn family ---------------------------------------------------------------------------------------------
+
+CLASSICAL = {
+    "ocsvm": (OneClassSVM, {"nu": 0.1, "gamma": None}),
+    "kde": (KernelDensity, {"bandwidth": None}),
+    "isolation_forest": (IsolationForest, {"trees": 20, "samples": 64}),
+    "lof": (LocalOutlierFactor, {"neighbours": 5}),
+    "gmm": (GaussianMixture, {"components": 2, "ridge": 1e-3}),
+}
+
+
+def sklearns(name: str, made: Any, z: NDArray[np.float64], x: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
+    """Scores of scikit-learn's own estimator of the same hyper-parameters."""
+    estimators = {
+        "ocsvm": lambda: svm.OneClassSVM(nu=0.1, gamma=float(made.scale)),
+        # One leaf: with more, its bounds cancel where the density is low (89.6 for 117.1 in this very test).
+        "kde": lambda: neighbors.KernelDensity(bandwidth=float(made.width), leaf_size=len(z)),
+        "isolation_forest": lambda: ensemble.IsolationForest(n_estimators=20, max_samples=64, random_state=seed),
+        "lof": lambda: neighbors.LocalOutlierFactor(n_neighbors=5, novelty=True),
+        "gmm": lambda: mixture.GaussianMixture(2, reg_covar=1e-3, random_state=seed),
+    }
+    fitted = estimators[name]().fit(z)
+    return -(fitted.decision_function(x) if name == "ocsvm" else fitted.score_samples(x))
+
+
+@pytest.mark.parametrize("pca_variance", [None, 0.9])
+@pytest.mark.parametrize("name", CLASSICAL)
+def test_classical_scores_are_scikit_learns(name: str, pca_variance: float | None) -> None:
+    kind, arguments = CLASSICAL[name]
+    made: Any = kind(SHAPE, pca_variance=pca_variance, **arguments)
+    made.randomness.follow(3)
+    again = torch.Generator().manual_seed(made.noise.initial_seed())
+    train, x = images(200), torch.cat([images(20, seed=1), 3 * images(5, seed=2)])
+    with torch.no_grad():
+        fitted(made, train)
+        z, new = made.features(train).numpy(), made.features(x).numpy()
+    assert z.shape[1] == 16 if pca_variance is None else z.shape[1] < 16
+    seed = int(torch.randint(2**31 - 1, (), generator=again))  # the first that a forest or a mixture draws
+    np.testing.assert_allclose(
+        made.score_features(torch.from_numpy(new)), sklearns(name, made, z, new, seed), rtol=1e-5
+    )
+    assert made.score(x).dtype == torch.float32
+
+    kept = {"state_dict": made.state_dict()}
+    made.on_save_checkpoint(kept)
+    other = kind(SHAPE, pca_variance=pca_variance, **arguments)
+    other.on_load_checkpoint(kept)
+    other.load_state_dict(kept["state_dict"])
+    assert torch.equal(other.score(x), made.score(x)), "all that it found is in the checkpoint"
+
+
+def test_hyper_parameters_follow_from_normals_alone() -> None:
+    train = images(150)
+    z = train.flatten(1).double()
+    made = fitted(OneClassSVM(SHAPE, pca_variance=None, nu=0.1, gamma=None), train)
+    median = np.median(scipy.spatial.distance.pdist(z.numpy(), "sqeuclidean"))
+    assert 1 / float(made.scale) == pytest.approx(median, rel=1e-3)  # torch takes the lower of two middle values
+    found = KernelDensity.leave_one_out(z)
+    for i in (6, 9):
+        others = [np.delete(z.numpy(), j, 0) for j in range(len(z))]
+        density = [
+            neighbors.KernelDensity(bandwidth=BANDWIDTHS[i], leaf_size=len(z)).fit(rest).score(z[j : j + 1].numpy())
+            for j, rest in enumerate(others)
+        ]
+        assert found[i] == pytest.approx(np.mean(density), rel=1e-6)
+    chosen = fitted(KernelDensity(SHAPE, pca_variance=None, bandwidth=None), train)
+    assert float(chosen.width) == BANDWIDTHS[int(np.argmax(found))]
+    two = torch.cat([images(100) * 0.1 - 3, images(100, seed=1) * 0.1 + 3])
+    mixture_of_two = fitted(GaussianMixture(SHAPE, pca_variance=None, components=None, ridge=1e-3), two)
+    assert len(mixture_of_two.mean) == 2
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: OneClassSVM(SHAPE, pca_variance=None, nu=0, gamma=None), "nu=0: give a number above 0"),
+        (lambda: KernelDensity(SHAPE, pca_variance=2, bandwidth=None), "pca_variance=2: give a number above 0"),
+        (lambda: KernelDensity(SHAPE, pca_variance=None, bandwidth=-1), "bandwidth=-1: give a number above 0"),
+        (lambda: IsolationForest(SHAPE, pca_variance=None, trees=0, samples=9), "trees=0, samples=9: give at least"),
+        (lambda: LocalOutlierFactor(SHAPE, pca_variance=None, neighbours=0), "neighbours=0: give a whole number"),
+        (lambda: GaussianMixture(SHAPE, pca_variance=None, components=0, ridge=0.1), "components=0: give a whole"),
+        (lambda: fitted(LocalOutlierFactor(SHAPE, pca_variance=None, neighbours=9), images(9)), "only 9 training"),
+    ],
+)
+def test_a_wrong_number_is_named(make: Callable[[], Detector], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make()
