@@ -91,6 +91,17 @@ def test_images_far_off_the_manifold_are_still_told_apart() -> None:
     assert far.isfinite().all() and (np.diff(far) < 0).all()
 
 
+def test_a_density_fitted_to_codes_in_a_box_reaches_beyond_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = gpnd().float().eval()
+    box = torch.rand(100, 3, generator=torch.Generator().manual_seed(1))
+    monkeypatch.setattr(made, "off_manifold", lambda x: (box, box[:, 0]))
+    with torch.no_grad():
+        made.after_fit(images(100))
+        found = made.log_code(torch.tensor([[0.5], [5.0], [50.0]]).expand(3, 3))
+    assert made.get_buffer("gaussians")[0].max() <= 10
+    assert found.isfinite().all() and (found.diff(dim=0) < 0).all()
+
+
 def test_a_power_of_nothing_is_refused() -> None:
     with pytest.raises(Exception, match="power=0: give a number above 0"):
         gpnd("model.detector.power=0")

@@ -20,6 +20,9 @@ from anomaly_lab.networks import DCGANDecoder, DCGANDiscriminator, DCGANEncoder,
 SINGULAR = 1e-6
 """Added, squared, to the squares of the Jacobian's singular values: a code that G ignores has a finite volume."""
 
+MAX_SHAPE = 10.0
+"""Of a generalised Gaussian: 2 is a Gaussian, a box has an infinite one, outside of which nothing has a density."""
+
 
 class GPND(Detector):
     """Encoder E, decoder G, a discriminator D_x of images and D_z of codes; the score is -log p(x).
@@ -45,9 +48,10 @@ class GPND(Detector):
 
     *Where we differ from the authors' code:* p_r is a kernel density (a Gaussian's, Scott's rule) where theirs is a
     histogram of 30 bins with a floor of -1000 outside, and log p_k is computed as such, where theirs is the logarithm
-    of a density that underflows: both tie images, the most anomalous ones among them. The networks have a first width
-    of 64 at D_x, G and E alike. Their threshold is chosen on anomalies, ours by the run from held-out normals. Images
-    are in [-1, 1] and brought to [0, 1] for BCE(x^, x) alone: the other terms change by a constant.
+    of a density that underflows: both tie images, the most anomalous ones among them. No p_k has a shape above 10: a
+    fit to few codes runs away to a box, outside of which no code has a finite log density. The networks have a first
+    width of 64 at D_x, G and E alike. Their threshold is chosen on anomalies, ours by the run from held-out normals.
+    Images are in [-1, 1] and brought to [0, 1] for BCE(x^, x) alone: the other terms change by a constant.
 
     Args:
         width: channels after the first convolution of E and D_x, before the last of G.
@@ -115,8 +119,12 @@ class GPND(Detector):
 
         found = [self.off_manifold(x) for x in images.split(1000)]
         codes, distances = (torch.cat(parts).double().cpu() for parts in zip(*found, strict=True))  # (N,d), (N,)
-        fitted = torch.tensor([gennorm.fit(column.numpy()) for column in codes.T])  # (d,3): shape, place, scale
-        self.set_fitted("gaussians", fitted.T.to(images))
+        fitted = []
+        for column in codes.numpy().T:
+            shape, place, scale = gennorm.fit(column)
+            # Hardly a box yet, and a code out of its reach has a finite density; a fit to few codes may well run away.
+            fitted.append(gennorm.fit(column, f0=MAX_SHAPE) if shape > MAX_SHAPE else (shape, place, scale))
+        self.set_fitted("gaussians", torch.tensor(fitted).T.to(images))  # (3,d)
         self.set_fitted("distances", distances.to(images))
 
     def off_manifold(self, x: Tensor) -> tuple[Tensor, Tensor]:
