@@ -195,8 +195,7 @@ def _caption(section: Section) -> str:
     if any(cell.unlearned for row in shown.rows for cell in row.cells.values()):
         text += (
             f" †: no better than the mean image: reconstructions explain less than {LEARNED:.0%} of the variance of "
-            "held-out normals around it, or training left the parameters where they were; the AUROC is that of a "
-            "distance to one image."
+            "held-out normals around it, or training left the parameters where they were."
         )
     copied = section.frame[section.frame["test_copies"] > 0].drop_duplicates("normal_class")
     if len(copied):
