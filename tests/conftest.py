@@ -38,34 +38,31 @@ def process_state() -> dict[str, object]:
     return {"torch": switches.current(), "threads": torch.get_num_threads(), **variables}
 
 
-SET_BY_OTHERS = ("PYTEST_", "TORCHINDUCTOR_", "KMP_")
-"""How environment variables begin that pytest sets for each test, and torch and scikit-learn on their first use."""
-
-
-def surroundings() -> dict[str, object]:
-    """What else tests could hand on to each other within a process."""
-    root = logging.getLogger()
-    return {
-        "working directory": os.getcwd(),
-        "import path": list(sys.path),
-        "signals": [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)],
-        "logging": (root.level, [one for one in root.handlers if not type(one).__module__.startswith("_pytest")]),
-        "gradients": (torch.is_grad_enabled(), torch.get_default_dtype()),
-        **{f"${name}": value for name, value in os.environ.items() if not name.startswith(SET_BY_OTHERS)},
-    }
-
-
 @pytest.fixture(autouse=True)
 def _no_test_meets_another() -> Iterator[None]:
-    """Each starts with the same random state, and leaves its process as it was: which tests came before is chance."""
+    """Which tests came before in a process is chance: each begins with the same random state and the same surroundings.
+
+    A run that leaves its own switches behind fails the test.
+    """
     random.seed(0)
     np.random.seed(0)
     torch.manual_seed(0)
-    before = process_state() | surroundings()
+    switched, root = process_state(), logging.getLogger()
+    variables, folder, path, level = dict(os.environ), os.getcwd(), sys.path[:], root.level
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR2)}
+    known = root.handlers[:]
     yield
-    after = process_state() | surroundings()
-    changed = {name for name in before | after if before.get(name) != after.get(name)}
-    assert {name: (before.get(name), after.get(name)) for name in changed} == {}
+    left = process_state()
+    for name in set(os.environ) - set(variables):
+        del os.environ[name]
+    os.environ.update(variables)
+    os.chdir(folder)
+    sys.path[:] = path
+    root.setLevel(level)
+    root.handlers[:] = known  # Hydra's write to a screen that is gone
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    assert left == switched
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
@@ -107,16 +104,10 @@ Command = Callable[[str], Said]
 
 
 @pytest.fixture
-def lab(
-    tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
-) -> Iterator[Command]:
+def lab(tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Command:
     """``anomaly-lab`` in this process (every other one would import torch anew), in a folder of its own."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ANOMALY_LAB_DATA", str(data))
-    for name, value in (("HYDRA_FULL_ERROR", "0"), ("OMP_WAIT_POLICY", "PASSIVE")):
-        monkeypatch.setenv(name, value)  # the command sets them; put back afterwards
-    root = logging.getLogger()
-    handlers, level = root.handlers[:], root.level
 
     def command(words: str) -> Said:
         monkeypatch.setattr(sys, "argv", ["anomaly-lab", *shlex.split(words)])
@@ -127,5 +118,4 @@ def lab(
             code = end.code if isinstance(end.code, int) else 0
         return Said(code, *capfd.readouterr())
 
-    yield command
-    root.handlers[:], root.level = handlers, level  # Hydra's write to a screen that is gone
+    return command

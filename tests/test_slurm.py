@@ -408,21 +408,11 @@ def test_a_job_asks_a_slurm_that_does_not_answer_and_works_on(
     assert "for Slurm job 8: it cannot be put back (down), so it works on" in capfd.readouterr().err
 
 
-@pytest.fixture
-def signals() -> Iterator[None]:
-    before = {number: signal.getsignal(number) for number in (signal.SIGUSR2, signal.SIGTERM)}
-    yield
-    for number, handler in before.items():
-        signal.signal(number, handler)
-
-
 def queued(make: Callable[[], JobReturn], folder: Path) -> None:
     QueuedRun(make, {"sha": None, "dirty": None, "diff": None})(folder)
 
 
-def test_whatever_a_job_fails_of_is_recorded_once(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: None
-) -> None:
+def test_whatever_a_job_fails_of_is_recorded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(config.SUBMITTED, "")  # put back afterwards
     failure = tmp_path / "failure.json"
     failure.write_text("{}")  # of an earlier attempt
@@ -446,9 +436,7 @@ def test_whatever_a_job_fails_of_is_recorded_once(
     assert json.loads(failure.read_text()) == {"error": "mine"}
 
 
-def test_a_job_whose_run_is_done_or_put_back_leaves_no_failure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, signals: None
-) -> None:
+def test_a_job_whose_run_is_done_or_put_back_leaves_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(config.SUBMITTED, "")
     queued(lambda: JobReturn(overrides=[], status=JobStatus.COMPLETED), tmp_path)
 
