@@ -118,7 +118,7 @@ def test_a_moving_average_is_in_the_checkpoint_and_no_players() -> None:
     average = MovingAverage(DCGANEncoder(1, 16, 4, 3, tanh=False), 0.5)
     assert not list(average.parameters())
     assert {f"network.{name}" for name in average.network.state_dict()} == set(average.state_dict()) != set()
-    with pytest.raises(ValueError, match="decay=1.*from 0 to below 1"):
+    with pytest.raises(ValueError, match=r"decay=1.*from 0 to below 1"):
         MovingAverage(DCGANEncoder(1, 16, 4, 3, tanh=False), 1)
 
 
