@@ -44,6 +44,7 @@ REDUCED = {
     *(f"{key}.milestones" for key in ("scheduler", "scheduler.autoencoder", "scheduler.svdd")),
     "scheduler.T_max",
     "detector.warm_up",
+    "detector.orders",
     "detector.inner",
     "detector.estimator_width",
     "input.size",

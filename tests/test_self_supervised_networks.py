@@ -1,5 +1,5 @@
-"""Rotation prediction, latent-space autoregression, gated PixelCNN, and neighbours among pretrained features: their
-equations with plain torch, and what each network may not see.
+"""Rotation prediction, latent-space autoregression, gated PixelCNN, Puzzle-AE, and neighbours among pretrained features:
+their equations with plain torch, and what each network may not see.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from anomaly_lab.batches import Batch
 from anomaly_lab.methods.lsa import LSA, Estimator
 from anomaly_lab.methods.pixelcnn import GatedPixelCNN
 from anomaly_lab.methods.pretrained_neighbours import PatchCore, PretrainedNeighbours, farthest_first
+from anomaly_lab.methods.puzzle_autoencoder import PuzzleAutoencoder, joined, tiles
 from anomaly_lab.methods.rotation_prediction import RotationPrediction, translated
 
 # Rotation prediction ------------------------------------------------------------------------------------------------
@@ -200,3 +201,71 @@ def test_patchcore_is_the_oddest_patch_weighted_by_its_neighbours() -> None:
             share = (nearest.values[odd] / scale).exp() / ((patches[odd] - neighbours).norm(dim=1) / scale).exp().sum()
             torch.testing.assert_close(score, (1 - share) * nearest.values[odd], rtol=1e-3, atol=1e-4)
             assert heat.shape == (32, 32)
+
+
+# Puzzle-AE ----------------------------------------------------------------------------------------------------------
+
+
+def puzzle(*overrides: str) -> PuzzleAutoencoder:
+    made = detector("puzzle_ae", "size=small", *overrides)
+    assert isinstance(made, PuzzleAutoencoder)
+    return made
+
+
+def test_tiles_are_quarters_and_fit_together_again() -> None:
+    x = images(2, (3, 8, 8))
+    assert torch.equal(tiles(x)[:, 1], x[:, :, :4, 4:]) and torch.equal(tiles(x)[:, 2], x[:, :, 4:, :4])
+    assert torch.equal(joined(tiles(x)), x)
+
+
+def test_a_puzzle_is_another_order_with_a_tile_emptied_at_times() -> None:
+    made, x = puzzle("model.detector.blank=0.25"), images(200, (1, 8, 8))
+    emptied = moved = 0
+    for parts, whole in zip(tiles(made.puzzle(x)), tiles(x), strict=True):
+        equal = torch.tensor([[torch.equal(a, b) for b in whole] for a in parts])
+        gone = sum(bool((part == 0).all()) for part in parts)
+        assert gone <= 1 and int(equal.sum()) == 4 - gone, "every tile is there once, but for an emptied one"
+        emptied, moved = emptied + gone, moved + int(not equal.diagonal().all())
+    assert emptied / 200 == pytest.approx(0.25, abs=0.1) and moved > 180
+
+
+def test_an_attack_raises_the_error_within_its_reach() -> None:
+    made, x = puzzle(), (images(16) + 1) / 2
+    attacked = made.attacked(x, x)
+    assert (attacked - x).abs().max() <= 0.1 + 1e-6 and attacked.min() >= 0 and attacked.max() <= 1
+    assert F.mse_loss(made.unet(attacked), x) > F.mse_loss(made.unet(x), x)
+
+
+def test_the_unet_moves_first_and_the_critic_sees_what_it_rebuilt_before() -> None:
+    made, x = puzzle(), (images() + 1) / 2
+    state = made.noise.get_state()
+    plays = made.plays(Batch(x, torch.arange(8)))
+    first = next(plays)
+    made.noise.set_state(state)
+    rebuilt = made.unet(made.attacked(made.puzzle(x), x))
+    gap = ((made.critic.features(x) - made.critic.features(rebuilt)) ** 2).mean()
+    assert list(first) == ["unet"]
+    torch.testing.assert_close(first["unet"], ((x - rebuilt) ** 2).mean() + 0.02 * gap)
+    with torch.no_grad():
+        for parameter in made.unet.parameters():
+            parameter.zero_()
+    second = next(plays)
+    real, fake = (torch.sigmoid(made.critic(image)[0]) for image in (x, rebuilt.detach()))
+    assert list(second) == ["critic"]
+    torch.testing.assert_close(second["critic"], -real.log().mean() - (1 - fake).log().mean())
+
+
+def test_its_score_is_the_error_of_each_order_in_units_of_normal_images() -> None:
+    made, x = puzzle("model.detector.orders=23").eval(), images(3)
+    assert made.chosen == list(range(1, 24)) and puzzle().chosen == [1, 4, 8, 12, 16, 20]
+    with torch.no_grad():
+        expected = torch.zeros(3)
+        for order in list(itertools.permutations(range(4)))[1:]:
+            errors = [
+                torch.stack(
+                    [(made.unet(joined(tiles(one[None])[:, list(order)])) - one).square().mean() for one in some]
+                )
+                for some in (x, images(30, seed=2))
+            ]
+            expected += errors[0] / errors[1].mean() / 23
+        torch.testing.assert_close(made.score(x), expected, rtol=1e-4, atol=1e-5)
