@@ -45,6 +45,7 @@ ONES = {
     "adgan": (0.9, ["model.budget.steps=300", "model.optimizer.lr=1e-3"]),
     "ocgan": (0.95, ["model.budget.stages={plain:8,mined:4}"]),
     "gpnd": (0.85, ["model.budget.epochs=10"]),
+    "bigan": (0.85, ["model.budget.epochs=30", "model.optimizer.lr=5e-4"]),
 }
 
 
