@@ -21,9 +21,22 @@ def files(page: Path) -> dict[str, tuple[int, str]]:
     return {name: (int(lines), block) for name, lines, block in found}
 
 
-def test_the_tutorial_adds_a_method_in_one_file_and_one_yaml(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("words", "folder"),
+    [
+        (["model=denoising", "model.budget.epochs=2"], "denoising_small"),
+        (["model=my_knn"], "my_knn"),
+        (["model=my_svdd", "model.budget.stages={pretrain: 2, train: 1}"], "my_svdd_small"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_the_tutorial_adds_a_method_in_one_file_and_one_yaml(
+    words: list[str], folder: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     shown = files(ROOT / "docs/adding_a_method.md")
-    assert list(shown) == ["denoising.py", "conf/model/denoising.yaml"]
+    assert list(shown) == [
+        name for method in ("denoising", "my_knn", "my_svdd") for name in (f"{method}.py", f"conf/model/{method}.yaml")
+    ]
     for name, (lines, block) in shown.items():
         assert block.count("\n") == lines, f"{name} has {block.count(chr(10))} lines"
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
@@ -35,10 +48,9 @@ def test_the_tutorial_adds_a_method_in_one_file_and_one_yaml(tmp_path: Path, mon
     monkeypatch.setenv(config.EXTRA_CONFIGS, str(tmp_path / "conf"))
     monkeypatch.setenv("ANOMALY_LAB_DATA", str(tmp_path / "data"))
     monkeypatch.chdir(tmp_path)
-    cfg = config.compose(["model=denoising", "trainer.progress=false", "model.budget.epochs=2"])
-    result = run(cfg)
+    result = run(config.compose([*words, "trainer.progress=false"]))
     assert result is not None and result["metrics"]["auroc"] > 0.9
-    assert (tmp_path / "runs/denoising_small/digits/pooled/n0").is_dir()
+    assert (tmp_path / f"runs/{folder}/digits/pooled/n0").is_dir()
 
 
 def test_the_bare_lightning_program_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
