@@ -1,11 +1,13 @@
-"""Learning floors: every method tells zeros from other digits after seconds of training, far better than chance.
+"""Learning floors: after seconds of training every method tells ones from other digits, better than the mean image.
 
-A floor says that a method learns at all; it is no claim and no choice. Zeros are the easiest of the embedded digits.
+A floor says that a method learns at all; it is no claim and no choice. Zeros are told by the distance to their mean
+image (.998), so that they test nothing; ones are not (.733), because they are written in two ways.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,9 +22,9 @@ AUTOENCODERS = [
 SHORT = {
     # The AUROC, the player whose loss is the reconstruction, or mostly that, and what makes it a matter of seconds.
     "autoencoder": (0.95, "ede", AUTOENCODERS),
-    "ede": (0.95, "ede", AUTOENCODERS),
-    "shared_ae_no_adversary": (0.95, "both", AUTOENCODERS),
-    "shared_ae": (0.95, "ede2", AUTOENCODERS),
+    "ede": (0.85, "ede", AUTOENCODERS),
+    "shared_ae_no_adversary": (0.85, "both", AUTOENCODERS),
+    "shared_ae": (0.75, "ede2", AUTOENCODERS),  # hardly above: its reconstructions explain no variance (-.06)
     "ganomaly": (0.9, "generator", ["model.budget.epochs=4", "model.budget.epoch_steps=30"]),
     "autoencoder_beggel": (0.9, "autoencoder", ["model.budget.epochs=40", "model.batch_size=32"]),
     "aae": (0.9, "autoencoder", ["model.budget.epochs=40", "model.batch_size=32"]),
@@ -35,8 +37,7 @@ SHORT = {
 
 # Adversarial methods learn ones, at the digits' own eight pixels; the mean image reaches .757 on them (1.000 on zeros).
 EIGHT = [
-    *("normal_class=1", "model.input.size=8", "model.detector.width=16", "model.batch_size=32"),
-    "model.budget.epoch_steps=20",
+    *("model.input.size=8", "model.batch_size=32", "model.budget.epoch_steps=20"),
 ]
 FAST = [f"model.optimizer.{player}.lr=1e-3" for player in ("critic", "generator", "encoder")]
 ONES = {
@@ -49,13 +50,26 @@ ONES = {
 }
 
 
+def made(model: str, tmp_path: Path, *overrides: str) -> dict[str, Any]:
+    where = [f"runs={tmp_path}", f"data_dir={tmp_path}", "trainer.progress=false", "logger=none"]
+    result = run(config.compose([f"model={model}", "normal_class=1", *overrides, *where]))
+    assert result is not None
+    return result
+
+
+def test_the_floors_are_above_the_mean_image(tmp_path: Path) -> None:
+    for asked, overrides in ((SHORT, []), (ONES, EIGHT)):
+        mean_image = made("mean_image", tmp_path, *overrides)["metrics"]["auroc"]
+        assert all(floor > mean_image for floor, *_ in asked.values())
+        for model in ("pca", "knn"):
+            assert made(model, tmp_path, *overrides)["metrics"]["auroc"] > 0.99
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("model", SHORT)
 def test_a_method_learns(model: str, tmp_path: Path) -> None:
     floor, player, overrides = SHORT[model]
-    where = [f"runs={tmp_path}", f"data_dir={tmp_path}", "trainer.progress=false", "logger=none"]
-    result = run(config.compose([f"model={model}", "normal_class=0", *overrides, *where]))
-    assert result is not None
+    result = made(model, tmp_path, *overrides)
     assert result["metrics"]["auroc"] >= floor
     first, last = (result["history"][epoch][f"loss_{player}"] for epoch in (0, -1))
     assert last < first, "what it minimises does not fall"
@@ -65,7 +79,5 @@ def test_a_method_learns(model: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("model", ONES)
 def test_an_adversarial_method_learns_what_the_mean_image_does_not_know(model: str, tmp_path: Path) -> None:
     floor, overrides = ONES[model]
-    where = [f"runs={tmp_path}", f"data_dir={tmp_path}", "trainer.progress=false", "logger=none"]
-    result = run(config.compose([f"model={model}", *EIGHT, *overrides, *where]))
-    assert result is not None
+    result = made(model, tmp_path, "model.detector.width=16", *EIGHT, *overrides)
     assert result["metrics"]["auroc"] >= floor
