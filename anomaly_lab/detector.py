@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from anomaly_lab import turns
 from anomaly_lab.batches import Batch, PlainLoader, TrainingImages, images_of
 from anomaly_lab.course import Course, Passes, Stages
-from anomaly_lab.players import Learning, Player, minimise, parameters_of, step_schedules
+from anomaly_lab.players import Learning, Player, minimise, step_schedules, with_optimizers
 from anomaly_lab.randomness import Randomness
 
 __all__ = ["Batch", "Contract", "Detector"]
@@ -199,10 +199,7 @@ class Detector(Contract, LightningModule):
     def set_fitted(self, name: str, value: Tensor) -> None:
         """Keep ``value`` as the buffer ``name``, of a size unknown before fitting; checkpoints restore it."""
         self._fitted.add(name)
-        if name in self._buffers:
-            self._buffers[name] = value
-        else:
-            self.register_buffer(name, value)
+        self.register_buffer(name, value)
 
     def plan(self, stages: Mapping[str, int]) -> None:
         """Divide training among the `STAGES`: `Stages.plan`."""
@@ -215,9 +212,7 @@ class Detector(Contract, LightningModule):
 
     def on_fit_start(self) -> None:
         self.randomness.settle(self.device)
-        optimizers = found if isinstance(found := self.optimizers(), list) else [found]
-        named = zip(self.players().items(), optimizers, strict=True)
-        self._players = {name: Player(parameters_of(networks), optimizer) for (name, networks), optimizer in named}
+        self._players = with_optimizers(self.players(), self.optimizers())
         self.trainer.fit_loop.setup_data()  # Lightning itself calls it after this hook
         loader: Any = self.trainer.train_dataloader
         if not isinstance(loader, TrainingImages):
@@ -289,8 +284,7 @@ class Detector(Contract, LightningModule):
     def on_train_epoch_end(self) -> None:
         self.course.stop_clock(self.step)
         row = self.course.end_epoch(int(self.epochs_done) + 1, self.scored)
-        schedules = found if isinstance(found := self.lr_schedulers(), list) else [found] if found else []
-        step_schedules(schedules, self._players, self._moved)
+        step_schedules(self.lr_schedulers(), self._players, self._moved)
         self.epochs_done += 1
         if self.trainer.current_epoch + 1 == self.trainer.max_epochs:
             self._finish()

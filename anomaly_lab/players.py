@@ -30,6 +30,13 @@ def parameters_of(networks: Sequence[nn.Module]) -> list[nn.Parameter]:
     return list(dict.fromkeys(parameter for network in networks for parameter in network.parameters()))
 
 
+def with_optimizers(players: Mapping[str, Sequence[nn.Module]], optimizers: Any) -> dict[str, Player]:
+    """Each player's networks with its optimiser, in the players' order; Lightning gives a single one without a list."""
+    found = optimizers if isinstance(optimizers, list) else [optimizers]
+    named = zip(players.items(), found, strict=True)
+    return {name: Player(parameters_of(networks), optimizer) for (name, networks), optimizer in named}
+
+
 def make_players(players: Mapping[str, Sequence[nn.Module]], factory: OptimizerFactory) -> dict[str, Player]:
     """Each player's networks with an optimiser of its own, for `minimise` without a trainer."""
     owned = {name: parameters_of(networks) for name, networks in players.items()}
@@ -105,9 +112,9 @@ class Learning:
         return self._scheduler.get(player) if isinstance(self._scheduler, Mapping) else self._scheduler
 
 
-def step_schedules(schedules: Iterable[Any], players: Mapping[str, Player], moved: Collection[str]) -> None:
+def step_schedules(schedules: Any, players: Mapping[str, Player], moved: Collection[str]) -> None:
     """Step the schedules of the players that ``moved`` in this stage by one epoch."""
     moving = {id(getattr(players[name].optimizer, "optimizer", players[name].optimizer)) for name in moved}
-    for schedule in schedules:
+    for schedule in schedules if isinstance(schedules, list) else [schedules] if schedules else []:
         if id(schedule.optimizer) in moving:
             schedule.step()
