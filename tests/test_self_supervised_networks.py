@@ -1,5 +1,5 @@
-"""Rotation prediction, latent-space autoregression, gated PixelCNN, Puzzle-AE, and neighbours among pretrained features:
-their equations with plain torch, and what each network may not see.
+"""Rotation prediction, latent-space autoregression, gated PixelCNN, Puzzle-AE, AnoNAGN, and neighbours among pretrained
+features: their equations with plain torch, and what each network may not see.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from test_methods import batch, detector, images
 from torch import Tensor
 from torch.nn import functional as F
 
-from anomaly_lab.batches import Batch
+from anomaly_lab.batches import Batch, PlainLoader
+from anomaly_lab.methods.anonagn import NonAdversarialDecoderEncoder
 from anomaly_lab.methods.lsa import LSA, Estimator
 from anomaly_lab.methods.pixelcnn import GatedPixelCNN
 from anomaly_lab.methods.pretrained_neighbours import PatchCore, PretrainedNeighbours, farthest_first
@@ -269,3 +270,45 @@ def test_its_score_is_the_error_of_each_order_in_units_of_normal_images() -> Non
             ]
             expected += errors[0] / errors[1].mean() / 23
         torch.testing.assert_close(made.score(x), expected, rtol=1e-4, atol=1e-5)
+
+
+# AnoNAGN, reconstructed ---------------------------------------------------------------------------------------------
+
+
+class Placed(PlainLoader):
+    """Images whose places in the data set go down: 29, 28, ..."""
+
+    def everything(self) -> Batch:
+        x = super().everything().x
+        return Batch(x, torch.arange(len(x) - 1, -1, -1))
+
+
+def test_codes_move_with_the_decoder_before_the_encoder_learns_the_way_back() -> None:
+    made, x = detector("anonagn_reconstruction", "model.detector.code_rate=5"), images(30)
+    assert isinstance(made, NonAdversarialDecoderEncoder)
+    made._images = Placed([x], made.device, leaving_out=False)
+    made.before_fit(x)
+    assert made.codes.shape == (30, 100) and made.codes.norm(dim=1).max() <= 1 + 1e-6
+    places = torch.tensor([3, 7, 20, 21])
+    codes = made.codes.clone()
+    plays = made.plays(Batch(x[places], 29 - places))
+    first = next(plays)
+    z = codes[places].requires_grad_()
+    error = (x[places] - made.decoder(z)).abs()
+    torch.testing.assert_close(first["decoder"], error.mean())
+    (gradient,) = torch.autograd.grad(error.flatten(1).mean(1).sum(), z)
+    with torch.no_grad():
+        for parameter in made.decoder.parameters():
+            parameter.mul_(1.5)  # the decoder moves
+    second = next(plays)
+    expected = torch.stack([code / max(1.0, code.norm().item()) for code in codes[places] - 5 * gradient])
+    torch.testing.assert_close(made.codes[places], expected)
+    rest = torch.ones(30, dtype=torch.bool).index_fill(0, places, False)
+    assert torch.equal(made.codes[rest], codes[rest])
+    latent = ((expected - made.encoder(made.decoder(expected))) ** 2).mean()
+    image = (x[places] - made.decoder(made.encoder(x[places]))).abs().mean()
+    torch.testing.assert_close(second["encoder"], latent + image)
+    made.eval()
+    rebuilt = made.decoder(made.encoder(x))
+    score = (x - rebuilt).abs().mean((1, 2, 3)) + ((made.encoder(x) - made.encoder(rebuilt)) ** 2).mean(1)
+    torch.testing.assert_close(made.score(x), score)
