@@ -241,11 +241,9 @@ def inside_functions(tree: ast.Module) -> set[str]:
 def test_the_arrows_between_modules(path: Path) -> None:
     tree = ast.parse(path.read_text())
     loaded, ours = imported(tree.body), {source.stem for source in SOURCES} | {"methods"}
-    allowed = (
-        {"adversarial", "detector", "methods", "networks"} if path.parent.name == "methods" else ALLOWED[path.stem]
-    )
-    assert loaded & ours <= allowed
-    assert inside_functions(tree) <= LATE.get(path.stem, set()), "an import inside a function that LATE does not name"
+    room = "methods" if path.parent.name == "methods" else path.stem
+    assert loaded & ours <= ALLOWED[room]
+    assert inside_functions(tree) <= LATE.get(room, set()), "an import inside a function that LATE does not name"
     if path.stem in TORCHLESS and path.parent == PACKAGE:
         assert not loaded & {"torch", "lightning", "torchmetrics", "torchvision", "wandb", "pandas", "matplotlib"}
 
