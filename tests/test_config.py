@@ -202,7 +202,7 @@ LATE = {
     "datasets": {"PIL", "sklearn", "torchvision", "tqdm"},
     "errors": {"hydra", "omegaconf"},
     "figures": {"matplotlib"},
-    "methods": {"sklearn"},
+    "methods": {"scipy", "sklearn"},
     "gpnd": {"scipy"},
     "networks": {"torchvision"},
     "predict": {"build", "data", "figures", "switches", "trust", "hydra", "omegaconf", "torch"},
