@@ -278,7 +278,9 @@ def reduced(cfg: DictConfig) -> bool:
         ValueError: ``size`` is neither full nor small.
     """
     _, has_sizes = _defaults_of(cfg)
-    return has_sizes and _size(cfg) == "small"
+    rest = tuple(cfg.choices[group] for group in GROUPS[1:])
+    sized = (_defaults(_size(cfg), (name, *rest))[1] for name in cfg.model.get("members") or [])
+    return (has_sizes or any(sized)) and _size(cfg) == "small"
 
 
 def model_name(cfg: DictConfig) -> str:
@@ -287,8 +289,14 @@ def model_name(cfg: DictConfig) -> str:
 
 
 def settings(cfg: DictConfig) -> dict[str, Any]:
-    """Every key that can change a result with its value, and the checksum of the images: kept with what was made."""
-    return _identity_keys(cfg) | {"images": load_images(cfg).sha256}
+    """Every key that can change a result with its value, and the checksum of the images: kept with what was made.
+
+    Of a run that is made of others, theirs as well.
+    """
+    own = _identity_keys(cfg) | {"images": load_images(cfg).sha256}
+    for member in members(cfg):
+        own |= {f"{member.identity['model']}.{key}": value for key, value in _identity_keys(member.cfg).items()}
+    return own
 
 
 def changed(cfg: DictConfig) -> dict[str, Any]:
@@ -492,6 +500,24 @@ def job(cfg: DictConfig) -> Job:
     }
     out = Path(cfg.runs) / record.place(own, protocol(cfg).role)
     return Job(cfg, own, out)
+
+
+def members(cfg: DictConfig) -> list[Job]:
+    """The runs whose scores the run ``cfg`` adds up; none where it has a detector of its own.
+
+    Raises:
+        ValueError: one of them is itself made of others.
+    """
+    found = []
+    for name in cfg.model.get("members") or []:
+        groups = [f"{group}={cfg.choices[group]}" for group in GROUPS if group != "model"]
+        member = compose([f"model={name}", f"size={cfg.size}", *groups])
+        if member.model.members:
+            raise ValueError(f"model.members: {name} is made of others itself; name those")
+        for key in ("dataset", "split", "trainer", "logger", "runs", "data_dir", *NAMES_OF_RUNS):
+            member[key] = cfg[key]
+        found.append(job(member))
+    return found
 
 
 def expected_runs(experiment: str, overrides: Sequence[str] = ()) -> list[Job]:

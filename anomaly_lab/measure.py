@@ -65,20 +65,18 @@ def measure(job: Job, detector: Detector, data: OneClassData, history: Sequence[
     if np.ptp(score) == 0:
         raise Diverged(f"training collapsed: every test image has the score {score[0]}; lower the learning rate")
     _refuse_collapse(detector, data)
-    threshold = metrics.threshold_from_normals(val_score, trainer.threshold_quantile)
     refuse_company(detector, data, score)
     decided = None if scored.test.decided is None else scored.test.decided[at]
     terms = {name: term[at] for name, term in scored.test.terms.items()}
     watched = [row["oracle_auroc"] for row in history if "oracle_auroc" in row]
-    found = metrics.evaluate(score, partition.test_truth, threshold=threshold, decided=decided)
-    found |= {"threshold": threshold, "val_score": float(val_score.mean(dtype=np.float64))}
+    found, kinds = of_scores(job, data, val_score, score, decided)
     found["oracle_auroc"] = max(watched, default=None)
     if trainer.measure_leak:
         found |= batch_norm_leak(detector, data)
     rows, sets = _rejected(detector, data)
     return Measured(
         found,
-        _by_kind(job, data, score, threshold, decided),
+        kinds,
         {name: metrics.auroc(term, partition.test_truth) for name, term in terms.items()},
         learned(job, detector, data),
         rows,
@@ -94,6 +92,16 @@ def measure(job: Job, detector: Detector, data: OneClassData, history: Sequence[
             **{f"val_term_{name}": term for name, term in scored.val.terms.items()},
         },
     )
+
+
+def of_scores(
+    job: Job, data: OneClassData, val_score: np.ndarray, score: np.ndarray, decided: np.ndarray | None = None
+) -> tuple[dict[str, float | None], dict[str, Any]]:
+    """``metrics`` and ``by_kind`` of a result, from the scores of the held-out normals and of the test images (M,)."""
+    threshold = metrics.threshold_from_normals(val_score, job.cfg.trainer.threshold_quantile)
+    found = metrics.evaluate(score, data.partition.test_truth, threshold=threshold, decided=decided)
+    found |= {"threshold": threshold, "val_score": float(val_score.mean(dtype=np.float64)), "oracle_auroc": None}
+    return found, _by_kind(job, data, score, threshold, decided)
 
 
 def refuse_company(detector: Detector, data: OneClassData, score: np.ndarray) -> None:

@@ -23,12 +23,13 @@ from omegaconf import DictConfig, OmegaConf
 
 from anomaly_lab import config, record, switches, tracking, turns
 from anomaly_lab.build import WatchTest, load_checkpoint, make_data, make_detector, make_trainer, write_checkpoint
+from anomaly_lab.calibration import surprise
 from anomaly_lab.config import Job
 from anomaly_lab.data import OneClassData, scored_at_once
 from anomaly_lab.detector import Detector
 from anomaly_lab.errors import RunFailed
 from anomaly_lab.files import Lock, locked, write_json, write_whole
-from anomaly_lab.measure import draw, measure, used
+from anomaly_lab.measure import draw, measure, of_scores, used
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +47,8 @@ def run(cfg: DictConfig | Job, callbacks: Sequence[Callback] = ()) -> dict[str, 
     the bit on the same kind of device. None if another process is busy with the same run.
 
     Raises:
-        ValueError: the configuration or the data do not fit; one line says what to do.
+        ValueError: the configuration or the data do not fit, or another process is busy with a run that this one is
+            made of; one line says what to do.
         Diverged: training left the finite numbers.
         OutOfMemory: the device's memory, or the machine's, is too small.
 
@@ -58,6 +60,10 @@ def run(cfg: DictConfig | Job, callbacks: Sequence[Callback] = ()) -> dict[str, 
     if result is not None:
         log.info("%s: done before, nothing to do", job.out)
         return result
+    members = config.members(cfg)
+    for member in members:
+        if run(member) is None:
+            raise ValueError(f"{member.out} is part of this run and another process is busy with it: start again later")
     with locked(job.out) as lock:
         if lock is None:
             log.warning("%s: another process is busy with this run; left to it", job.out)
@@ -72,7 +78,10 @@ def run(cfg: DictConfig | Job, callbacks: Sequence[Callback] = ()) -> dict[str, 
                 switches.of_a_run(cfg.trainer.precision, cfg.trainer.threads),
             ):
                 try:
-                    result = _make(job, tracker, [*callbacks, _Owner(lock)], lock)
+                    if members:
+                        result = _fuse(job, members, tracker, lock)
+                    else:
+                        result = _make(job, tracker, [*callbacks, _Owner(lock)], lock)
                 except (torch.OutOfMemoryError, MemoryError) as error:
                     raise OutOfMemory(_too_large(cfg)) from error
         except Exception as error:
@@ -187,6 +196,61 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback], lo
     tracker.publish(result, out / "figures", measured.scores)  # before the run counts as done: a killed one repeats it
     (out / "failure.json").unlink(missing_ok=True)  # of an earlier attempt; before, so that no finished run keeps one
     write_json(out / "result.json", result)
+    return result
+
+
+def _fuse(job: Job, members: Sequence[Job], tracker: tracking.Tracker, lock: Lock) -> dict[str, Any]:
+    """The run whose score is the sum of its members' surprise (`calibration`), each told by its held-out normals."""
+    data = make_data(job)
+    results: dict[str, dict[str, Any]] = {}
+    sums = {"val_score": np.zeros(len(data.partition.val)), "score": np.zeros(len(data.partition.test))}
+    for member in members:
+        result = member.finished()
+        assert result is not None
+        with np.load(member.out / "scores.npz") as file:
+            found = {part: torch.from_numpy(file[part]).double() for part in sums}
+        if result["partition"]["fingerprint"] != data.partition.fingerprint:
+            raise ValueError(f"{member.out} was made on another partition: delete that folder to make it anew")
+        normal = found["val_score"].sort().values
+        for part, scores in found.items():
+            sums[part] += surprise(scores, normal).numpy()
+        results[result["identity"]["model"]] = result
+    one = next(iter(results.values()))
+    shown: Any = OmegaConf.to_container(job.cfg, resolve=True)
+    for key in ("pretrained", "labels"):  # which tables keep apart
+        theirs = [made["config"]["model"][key] for made in results.values() if made["config"]["model"].get(key)]
+        shown["model"] |= {key: theirs[0]} if theirs else {}
+    arrays = {**sums, "truth": data.partition.test_truth, "index": data.partition.test}
+    arrays["label"] = data.images.labels[data.partition.test]
+    measured, by_kind = of_scores(job, data, sums["val_score"], sums["score"])
+    _refuse_loss(lock)
+    _write_arrays(job.out / "scores.npz", arrays)
+    result = {
+        **{key: one[key] for key in ("schema", "class_name", "classes", "role", "stored_shape", "partition", "device")},
+        "identity": job.identity,
+        "image_shape": list(data.image_shape),
+        "metrics": measured,
+        "by_kind": by_kind,
+        "by_term": {name: made["metrics"]["auroc"] for name, made in results.items()},
+        "learned": dict.fromkeys(one["learned"]) | {"distinct_scores": len(np.unique(sums["score"]))},
+        "config": shown,
+        "settings": job.settings,
+        "experiment": job.cfg.choices.experiment,
+        "git": _code(),
+        "earlier_code": [made["git"] for made in results.values()],
+        "versions": _versions(),
+        "finished": _now(),
+        "seconds": {part: sum(made["seconds"][part] for made in results.values()) for part in ("fit", "score")},
+        "images_per_second": None,
+        "peak_memory_mb": max(made["peak_memory_mb"] for made in results.values()),
+        "rejected_images": [],
+        "sha256": {"scores.npz": record.checksum(job.out / "scores.npz")},
+        **{"epochs": 0, "steps": 0, "history": []},
+    }
+    tracker.start([])
+    tracker.publish(result, job.out / "figures", arrays)
+    (job.out / "failure.json").unlink(missing_ok=True)
+    write_json(job.out / "result.json", result)
     return result
 
 

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomaly_lab.methods.scatter_subspace import ScatterSubspace, leading_axes, surprise
+from anomaly_lab.calibration import surprise
+from anomaly_lab.methods.scatter_subspace import ScatterSubspace, leading_axes
 
 
 def generator(seed: int = 0) -> torch.Generator:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from anomaly_lab.calibration import surprise
 from anomaly_lab.detector import Detector
 
 HELD_OUT = 5
@@ -111,25 +112,6 @@ class ScatterSubspace(Detector):
 
     def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([surprise(terms[name], self.held_out[i]) for i, name in enumerate(self.TERMS)]).sum(0)
-
-
-def surprise(values: Tensor, normal: Tensor) -> Tensor:
-    """-log of the share of normal images with at least that value, (B,), given the ``normal`` values (V,), sorted.
-
-    Between two of them it is interpolated, and beyond the last one it goes on as of an exponential distribution whose
-    mean excess is that of the upper tenth, so that no two values tie.
-    """
-    count = len(normal)
-    ranks = torch.arange(count, device=normal.device)
-    heights = -torch.log((count - ranks) / (count + 1))  # of the values themselves
-    upper = normal[-max(count // 10, 2) :]
-    excess = (upper.mean() - upper[0]).clamp_min(1e-6 * normal.abs().mean())
-    right = torch.searchsorted(normal, values.contiguous()).clamp(1, count - 1)
-    low, high = normal[right - 1], normal[right]
-    share = (values - low) / (high - low).clamp_min(1e-12)
-    inside = heights[right - 1] + share.clamp(0, 1) * (heights[right] - heights[right - 1])
-    below = (values - normal[0]).clamp_max(0) / excess  # a slope there too: no ties among the most normal
-    return inside + (values - normal[-1]).clamp_min(0) / excess + below * heights[0]
 
 
 def leading_axes(centred: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
