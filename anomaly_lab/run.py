@@ -220,7 +220,7 @@ def _fuse(job: Job, members: Sequence[Job], tracker: tracking.Tracker, lock: Loc
     for key in ("pretrained", "labels"):  # which tables keep apart
         theirs = [made["config"]["model"][key] for made in results.values() if made["config"]["model"].get(key)]
         shown["model"] |= {key: theirs[0]} if theirs else {}
-    arrays = {**sums, "truth": data.partition.test_truth, "index": data.partition.test}
+    arrays: dict[str, np.ndarray] = {**sums, "truth": data.partition.test_truth, "index": data.partition.test}
     arrays["label"] = data.images.labels[data.partition.test]
     measured, by_kind = of_scores(job, data, sums["val_score"], sums["score"])
     _refuse_loss(lock)
