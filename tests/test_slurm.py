@@ -207,7 +207,7 @@ def test_a_cluster_that_preempts_with_sigterm_alone_loses_nothing_either(
 @on_slurm
 def test_at_its_time_limit_a_run_is_put_back_and_a_cancelled_one_is_not(lab: Lab, cluster: Cluster) -> None:
     lab = lab.with_gate(2)
-    job = submitted(lab(*SLURM, *GATED, "hydra.launcher.timeout_min=60", "hydra.launcher.signal_delay_s=180"))
+    job = submitted(lab(*SLURM, *GATED, "hydra.launcher.timeout_min=60", "hydra.launcher.signal_delay_s=900"))
     until(lab.waits, cluster.logs)
     cluster.bring_limit_near(job)
     until(lambda: cluster.job(job)["JobState"] == "PENDING", cluster.logs)
@@ -230,14 +230,14 @@ def test_a_run_without_an_epoch_within_its_time_limit_fails_instead_of_coming_ba
     lab: Lab, cluster: Cluster
 ) -> None:
     lab = lab.with_gate(0)
-    job = submitted(lab(*SLURM, *GATED, "hydra.launcher.timeout_min=60", "hydra.launcher.signal_delay_s=180"))
+    job = submitted(lab(*SLURM, *GATED, "hydra.launcher.timeout_min=60", "hydra.launcher.signal_delay_s=900"))
     until(lab.waits, cluster.logs)
     cluster.bring_limit_near(job)
     until(empty(cluster), cluster.logs)
     assert cluster.job(job)["JobState"] == "FAILED"
     state, why = lab.status()["n0"]
     assert state == "failed" and "Give hydra.launcher.timeout_min=..." in why
-    assert re.search(rf"^SIGUSR2 for Slurm job {job} came after 00:0\d:\d\d \(time limit 00:0\d:00\), before", why), why
+    assert re.search(rf"^SIGUSR2 for Slurm job {job} came after 00:\d\d:\d\d \(time limit 00:\d\d:00\), before", why), why
 
 
 @on_slurm
