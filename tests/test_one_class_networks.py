@@ -239,6 +239,10 @@ def test_before_there_is_a_centre_nothing_is_scored() -> None:
     assert not svdd("deep_svdd", "train").scored_after_fit
 
 
+def test_deep_svdd_shows_no_reconstruction_by_a_decoder_that_its_encoder_has_left() -> None:
+    assert svdd("deep_svdd", "train").reconstruct(images()) is None
+
+
 # Variational autoencoder --------------------------------------------------------------------------------------------
 
 
@@ -277,13 +281,14 @@ def test_vae_terms_are_reconstruction_divergence_bound_and_likelihood() -> None:
     weights = [-e + (p.log_prob(z) - q.log_prob(z)).sum(1) for e, z in zip(errors, codes, strict=True)]
     expected = {
         "reconstruction": bernoulli(x, made.decoder(mu)),
+        "squared_error": ((x - made.reconstruct(x)) ** 2).flatten(1).sum(1),
         "kl": kl,
         "elbo": sum(errors) / 3 + kl,
         "likelihood": -(torch.stack(weights).double().exp().mean(0).log()).float(),
     }
     terms = made.terms(x)
     assert terms.keys() == expected.keys()
-    for name in ("reconstruction", "kl", "elbo"):
+    for name in ("reconstruction", "squared_error", "kl", "elbo"):
         torch.testing.assert_close(terms[name], expected[name], rtol=1e-4, atol=1e-3, msg=name)
     torch.testing.assert_close(
         terms["likelihood"], math.log(3) - torch.logsumexp(torch.stack(weights), 0), rtol=1e-4, atol=1e-3

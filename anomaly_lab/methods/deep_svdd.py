@@ -69,6 +69,9 @@ class DeepSVDD(ConvolutionalAutoencoder):
     def score(self, x: Tensor) -> Tensor:
         return self.distance(x)
 
+    def reconstruct(self, x: Tensor) -> None:  # type: ignore[override]
+        """None: the decoder belongs to the encoder that pretraining left."""
+
 
 class SoftBoundaryDeepSVDD(DeepSVDD):
     """Deep SVDD whose sphere has a radius, outside of which a share ``nu`` of the training images may lie.
