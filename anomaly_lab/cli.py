@@ -4,13 +4,25 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import logging
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
-from anomaly_lab.errors import DONE, FAILED, INTERRUPTED, MISTAKE, TERMINATED, Terminated, exit_code, explained
+from anomaly_lab.errors import (
+    DONE,
+    FAILED,
+    INTERRUPTED,
+    MISTAKE,
+    TERMINATED,
+    Terminated,
+    exit_code,
+    explained,
+    ignore_pipe,
+)
 from anomaly_lab.files import UNWRITABLE
 
 __all__ = [
@@ -30,6 +42,27 @@ __all__ = [
 DRY_RUN = "--dry-run"
 
 
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _read_in_part(command: Command) -> Command:
+    """The command, whose output may go to a reader that leaves early, such as ``| head``."""
+
+    @functools.wraps(command)
+    def safe(*arguments: Any) -> Any:
+        try:
+            try:
+                return command(*arguments)
+            finally:
+                sys.stdout.flush()
+        except BrokenPipeError:
+            ignore_pipe(sys.stdout)
+            return DONE
+
+    return safe  # type: ignore[return-value]
+
+
+@_read_in_part
 def train() -> None:
     """``anomaly-lab``: train and evaluate one run, or with ``-m`` every run of a grid that is not there yet.
 
@@ -67,6 +100,8 @@ def train() -> None:
     except KeyboardInterrupt:
         print("interrupted: the same command goes on after the last whole epoch", file=sys.stderr)
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:
+        raise
     except Exception as error:
         line = explained(error)
         if line is None:
@@ -79,6 +114,7 @@ def _mistake(program: str, line: str, code: int = MISTAKE) -> int:
     return code
 
 
+@_read_in_part
 def data(argv: Sequence[str] | None = None) -> int:
     """``anomaly-lab-data download|list|check``: the data sets' caches, where there is a network to fetch them."""
     parser = argparse.ArgumentParser(
@@ -117,6 +153,8 @@ def data(argv: Sequence[str] | None = None) -> int:
     for name in names:
         try:
             print(_data_line(arguments.command, name, overrides), flush=True)
+        except BrokenPipeError:
+            raise
         except Exception as error:
             line = explained(error)
             if line is None:
@@ -147,6 +185,7 @@ def _data_line(command: str, name: str, overrides: Sequence[str]) -> str:
     return f"{name:<16}{state:<11}{dataset.cache}{advice}"
 
 
+@_read_in_part
 def report(argv: Sequence[str] | None = None) -> int:
     """``anomaly-lab-report``: tables, figures and tests of difference from finished runs."""
     parser = argparse.ArgumentParser(
@@ -198,6 +237,8 @@ def report(argv: Sequence[str] | None = None) -> int:
             report.print_states(asked.runs, asked.experiment)
         else:
             report.write(asked.runs, asked.out, asked.experiment, asked.oracle, asked.verify)
+    except BrokenPipeError:
+        raise
     except OSError as error:
         if error.errno not in UNWRITABLE:
             return _mistake(parser.prog, str(error))
@@ -208,6 +249,7 @@ def report(argv: Sequence[str] | None = None) -> int:
     return DONE
 
 
+@_read_in_part
 def score(argv: Sequence[str] | None = None) -> int:
     """``anomaly-lab-score RUN IMAGES...``: a CSV of scores and decisions, and heat maps on request."""
     parser = argparse.ArgumentParser(
@@ -246,6 +288,7 @@ def score(argv: Sequence[str] | None = None) -> int:
     return DONE
 
 
+@_read_in_part
 def check(argv: Sequence[str] | None = None) -> int:
     """``anomaly-lab-check model=NAME``: hold a method to the contract that every method here keeps."""
     parser = argparse.ArgumentParser(
@@ -279,6 +322,7 @@ def check(argv: Sequence[str] | None = None) -> int:
     return FAILED if number else DONE
 
 
+@_read_in_part
 def features(argv: Sequence[str] | None = None) -> int:
     """``anomaly-lab-features``: channel statistics of pretrained features over a folder of images."""
     parser = argparse.ArgumentParser(

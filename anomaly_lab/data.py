@@ -28,6 +28,9 @@ Part = Literal["train", "val", "test"]
 
 CPU = torch.device("cpu")
 
+MOST_REPEATS = 16
+"""Times that an image may stand in one batch: the default of 64 images must fit the smallest training set, of 5."""
+
 AT_ONCE = 1000
 """Images of a whole set that are prepared at once, as a float32 copy."""
 
@@ -296,6 +299,11 @@ class OneClassData(LightningDataModule):
         self.target = split.resolve(images, target)
         partition = split(images, self.target, seed)
         self.partition: Partition = partition.with_labelled() if labels else partition
+        if batch_size > MOST_REPEATS * len(self.partition.train):
+            raise ValueError(
+                f"model.batch_size={batch_size} has each of the {len(self.partition.train)} training images "
+                f"{batch_size // len(self.partition.train)} times: lower it"
+            )
         self._labels = labels
         self.batch_size, self._epoch_steps, self._score_batch_size = (
             batch_size,

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import IO
 
 from anomaly_lab.files import UNWRITABLE
 
@@ -38,6 +40,11 @@ def sigterm_raises() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def ignore_pipe(stream: IO[str]) -> None:
+    """Send what is printed from now on nowhere: whoever read it has left (``| head``), and the work goes on."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def shortened(error: BaseException) -> str:

@@ -89,10 +89,16 @@ def cell(text: str) -> str:
 FORMULAS = ("=", "+", "-", "@", "\t")
 
 
-def remove_parts(folder: Path) -> None:
-    """Remove what killed processes left of `write_whole` in ``folder`` and below. No process may be writing there."""
+def remove_parts(folder: Path, *, seconds: float = 0) -> None:
+    """Remove what killed processes left of `write_whole` in ``folder`` and below.
+
+    Args:
+        seconds: how old it must be; 0 where no other process may be writing there.
+    """
     for part in folder.rglob(".*.part"):
-        part.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):
+            if time.time() - part.stat().st_mtime >= seconds:
+                part.unlink()
 
 
 def take_lock(file: IO[Any] | int, *, wait: bool = False) -> bool:

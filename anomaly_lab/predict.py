@@ -61,8 +61,15 @@ class FittedDetector:
         return channels, height, width
 
     def score(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Anomaly scores float32 (N,), raw as in the run's ``scores.npz``; higher is more anomalous."""
+        """Anomaly scores float32 (N,), raw as in the run's ``scores.npz``; higher is more anomalous.
+
+        Raises:
+            ValueError: a score is not finite: the weights are not, or an image is like none that it was trained on.
+        """
         found = self._each(self.detector.score, images)
+        if found is not None and not np.isfinite(found).all():
+            first = int(np.argmin(np.isfinite(found)))
+            raise ValueError(f"the score of image {first} is {found[first]}: the weights in last.ckpt may be damaged")
         return np.zeros(0, np.float32) if found is None else found.astype(np.float32, copy=False)
 
     def decide(self, images: NDArray[np.uint8]) -> NDArray[np.bool_]:

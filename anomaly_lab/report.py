@@ -15,13 +15,14 @@ import math
 import re
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from anomaly_lab import results, status
-from anomaly_lab.files import write_text
+from anomaly_lab.files import remove_parts, write_text
 from anomaly_lab.tables import LEARNED, MINIMUM_PAIRS, Cell, Comparison, Table, significance, table
 
 if TYPE_CHECKING:
@@ -544,6 +545,9 @@ def write(
                 file=sys.stderr,
             )
     frame = results.read(runs, verify=verify)
+    out = out or (Path("experiments", experiment) if experiment else runs / "report")
+    with suppress(OSError):  # where nothing can be written the tables are printed all the same
+        remove_parts(out, seconds=3600)  # of reports that were killed; nobody writes one for an hour
     notices: list[str] = frame.attrs["damaged"]
     notices += [f"{s.path} failed: {s.detail}" for s in status.under(runs, expected) if s.state == "failed"]
     for line in notices:
@@ -558,16 +562,18 @@ def write(
     results.refuse_mixtures(frame)
     epochs = results.read_epochs(runs, frame)
     if experiment is not None:
-        out = out or Path("experiments", experiment)
-        print(markdown(sections(frame, expected or ()), oracle=oracle))  # also where nothing can be written
-        _write_experiment(frame, epochs, experiment, out)
+        try:
+            _write_experiment(frame, epochs, experiment, out)
+        finally:  # also where nothing can be written
+            print(markdown(sections(frame, expected or ()), oracle=oracle))
         missing = "" if expected is None else f"; {len(grid - set(frame['path']))} of the grid are missing"
         print(f"written: {out / 'README.md'} from {len(frame)} runs{missing}")
         return
-    out = out or runs / "report"
     parts = sections(frame, epochs=epochs)
-    print(markdown(parts, oracle=oracle))
-    _write_report(frame, parts, out, oracle, notices)
+    try:
+        _write_report(frame, parts, out, oracle, notices)
+    finally:
+        print(markdown(parts, oracle=oracle))
     print(f"written: {out / 'report.html'} (one file, opens anywhere), beside it report.md, report.tex, results.csv")
 
 

@@ -29,7 +29,7 @@ from hydra.types import RunMode
 
 from anomaly_lab import config, slurm, status
 from anomaly_lab.config import Job
-from anomaly_lab.errors import DONE, FAILED, MISTAKE, Terminated, exit_code, explained, flat
+from anomaly_lab.errors import DONE, FAILED, MISTAKE, Terminated, exit_code, explained, flat, ignore_pipe
 from anomaly_lab.files import UNWRITABLE, take_lock
 from anomaly_lab.status import Status
 
@@ -301,7 +301,10 @@ def _show(line: str, file: IO[str]) -> None:
     with bars.tqdm.external_write_mode(file) if bars else nullcontext():
         if bars:
             print(end="\r", file=sys.stderr, flush=True)  # a bar that was not the first leaves the cursor at its end
-        print(line, file=file, flush=True)
+        try:
+            print(line, file=file, flush=True)
+        except BrokenPipeError:
+            ignore_pipe(file)
 
 
 def _number(value: float | None) -> str:
@@ -344,7 +347,7 @@ def _print_result(result: Mapping[str, Any], out: Path) -> None:
         ("figures", f"{out / 'figures'}: {', '.join(pictures)}"),
     ]
     width = max(len(name) for name, _ in rows)
-    print("\n".join(f"{name:<{width}}  {value}" for name, value in rows), flush=True)
+    _show("\n".join(f"{name:<{width}}  {value}" for name, value in rows), sys.stdout)
 
 
 # The grid ---------------------------------------------------------------------------------------------------------

@@ -328,3 +328,19 @@ def test_one_data_set_that_fails_does_not_keep_the_others(lab_data: Command) -> 
     assert code == cli.MISTAKE
     assert out == "digits: ready in data/digits.npz\n"
     assert "data/mnist.npz is damaged or unreadable" in err
+
+
+def test_a_model_in_a_subfolder_of_ones_own_configs_is_a_model_like_any_other(
+    lab: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "conf/model/mine/copy.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text((config.CONFIG_DIR / "model/autoencoder.yaml").read_text())
+    monkeypatch.setenv(config.EXTRA_CONFIGS, str(tmp_path / "conf"))
+    grid = "-m model=mine/copy normal_class=0,1 model.budget.epochs=1 model.budget.epoch_steps=1 trainer.progress=false"
+    assert lab(grid).out.endswith("2 runs: 2 done\n")
+    assert lab(f"{grid} --dry-run").out == "2 runs: 2 done, 0 to do\n"
+    code, out, _ = lab(f"{grid} hydra/launcher=abreast")  # one of the launchers that plan their jobs
+    assert code == 0 and out.count("(done before)") == 2
+    assert cli.report(["runs", "--status"]) == 0 and cli.report(["runs"]) == 0
+    assert "`mine/copy_small [" in (tmp_path / "runs/report/report.md").read_text()

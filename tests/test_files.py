@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import os
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,9 @@ from typing import Any
 
 import pytest
 
+from anomaly_lab import sweep
 from anomaly_lab.errors import shortened
-from anomaly_lab.files import is_locked, locked, take_lock
+from anomaly_lab.files import is_locked, locked, remove_parts, take_lock
 
 HOLD = """
 import sys, time
@@ -72,6 +74,26 @@ def test_without_locks_a_folder_is_ones_own_with_a_warning(
         assert mine and part.exists(), "without a lock it might be somebody's"
     assert "cannot be locked" in caplog.text
     assert not is_locked(tmp_path / "new" / ".lock")
+
+
+def test_what_is_printed_to_a_reader_that_has_left_goes_nowhere() -> None:
+    read, write = os.pipe()
+    with open(write, "w") as stream:
+        os.close(read)
+        sweep._show("a line", stream)
+        sweep._show("another", stream)
+
+
+def test_parts_of_a_given_age_go(tmp_path: Path) -> None:
+    old, new = tmp_path / "a/.report.md.0123abcd.part", tmp_path / ".report.md.4567abcd.part"
+    old.parent.mkdir()
+    for part in (old, new):
+        part.write_bytes(b"half")
+    os.utime(old, (0, 0))
+    remove_parts(tmp_path, seconds=3600)
+    assert not old.exists() and new.exists()
+    remove_parts(tmp_path)
+    assert not new.exists()
 
 
 def test_an_error_in_its_first_words() -> None:

@@ -211,3 +211,21 @@ def test_scores_that_are_not_there_cannot_be_verified(runs: Runs) -> None:
     folder = runs.add(0.9)
     with pytest.raises(ValueError, match=r"scores\.npz cannot be verified"):
         results.read_run(folder, "x", verify=True)
+
+
+# What fails late or silently ------------------------------------------------------------------------------------------
+
+
+def test_weights_that_are_no_numbers_give_no_scores(copy: DictConfig) -> None:
+    path = config.job(copy).out / "last.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    name = next(name for name, value in checkpoint["state_dict"].items() if value.is_floating_point())
+    checkpoint["state_dict"][name].fill_(float("nan"))
+    torch.save(checkpoint, path)
+    with pytest.raises(ValueError, match=r"the score of image 0 is nan: the weights in last\.ckpt may be damaged"):
+        load_run(path.parent).score(config.load_images(copy).pixels[:3])
+
+
+def test_a_batch_of_many_times_the_training_set_is_refused(tmp_path: Path, data: Path) -> None:
+    with pytest.raises(ValueError, match=r"model\.batch_size=100000 has each of the \d+ training images \d+ times"):
+        run(tiny(tmp_path, data, "model.batch_size=100000"))

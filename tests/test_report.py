@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -372,3 +373,26 @@ def test_the_leak_of_batch_norm_is_shown_as_no_result(runs: Runs) -> None:
     assert "The last two are no results." in text
     _, _, row = lines(text.split("no results.")[1].split("\n\n")[1])
     assert row[3:] == ["0.600", "0.610", "0.990", "+0.390"]
+
+
+@pytest.mark.parametrize("words", [[], ["--status"]], ids=["tables", "status"])
+def test_a_reader_that_leaves_after_the_first_line_costs_nothing(runs: Runs, words: list[str]) -> None:
+    for seed in range(40):
+        runs.add(0.9, seed=seed, changed={"model.detector.width": seed + 2})
+    program = "import sys; from anomaly_lab.cli import report; sys.exit(report())"
+    command = [sys.executable, "-c", program, str(runs.root), *words]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == cli.DONE
+    assert (runs.root / "report/report.html").exists() == (not words)
+
+
+def test_a_report_takes_away_what_a_killed_one_left(runs: Runs) -> None:
+    runs.add(0.9)
+    left = runs.root / "report/figures/.x.png.0123abcd.part"
+    left.parent.mkdir(parents=True)
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    assert cli.report([str(runs.root)]) == cli.DONE
+    assert not left.exists()
