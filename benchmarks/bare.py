@@ -77,7 +77,7 @@ class Bare:
 
     Args:
         model: name of the method, a key of `LOOPS`.
-        adam: further arguments of every `torch.optim.Adam`, such as ``foreach``.
+        adam: which kernels every `torch.optim.Adam` has, such as ``foreach=True``; by default the lab's.
     """
 
     def __init__(self, model: str, cfg: DictConfig, data: OneClassData, device: torch.device, **adam: bool) -> None:
@@ -92,6 +92,7 @@ class Bare:
         given = cfg.model.optimizer.get(player, cfg.model.optimizer)
         beta1, beta2 = given.get("betas", (0.9, 0.999))
         decay = given.get("weight_decay", 0.0)
+        kernels = kernels or {"fused": bool(given.get("fused"))}  # the lab's own, or it would race a slower Adam
         made = torch.optim.Adam(parameters, lr=given.lr, betas=(beta1, beta2), weight_decay=decay, **kernels)
         self.optimizers[player] = made
         return made

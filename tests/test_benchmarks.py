@@ -116,6 +116,15 @@ def test_the_bare_loop_has_the_labs_losses_step_by_step(model: str) -> None:
     torch.testing.assert_close(found, witness.losses, rtol=1e-9, atol=1e-12)
 
 
+@pytest.mark.parametrize("model", ["aae", "ganomaly"])
+def test_the_bare_loop_has_the_labs_adam(model: str) -> None:
+    cfg = tiny(model)
+    bare = Bare(model, cfg, build.make_data(config.job(cfg)), CPU)
+    for player, optimizer in bare.optimizers.items():
+        given = cfg.model.optimizer.get(player, cfg.model.optimizer)
+        assert bool(optimizer.defaults["fused"]) == bool(given.get("fused")) == (model == "aae")
+
+
 @pytest.mark.parametrize("model", LOOPS)
 def test_a_bare_loop_that_trains_otherwise_would_be_noticed(model: str) -> None:
     witness = witnessed(model)

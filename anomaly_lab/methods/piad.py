@@ -207,10 +207,10 @@ class PIAD(Detector):
     A step is ``critic_rounds`` moves of the critics, each on fresh images and codes, then one of E and G on fresh ones.
     gamma_E and gamma_G are chosen by `GradientBalance`, just before the move of every ``gamma_every``-th step.
 
-    Architecture, initialisation, order and constants are those of the authors' code (github.com/ninatu/piad, c85fdae).
+    Architecture, initialisation, order and constants are those of the authors' code (github.com/ninatu/piad, adcb8fa).
     *Where we differ:* channel statistics of f come from the training images unless a file is given (theirs are of
-    ImageNet, a file in their repository, whose divisor their code calls ``var``; ours is the standard deviation, as
-    the paper is summarised); no standard deviation is taken below a tenth of the root mean square over channels, since
+    ImageNet, a file in their repository; the divisor that their code calls ``var`` is a standard deviation, as ours
+    is); no standard deviation is taken below a tenth of the root mean square over channels, since
     narrow normals leave channels almost unmoved; the denominator of L_rec is at least 0.001, against a division by zero
     (f has unit spread).
 
