@@ -104,7 +104,7 @@ def refuse_misplaced(result: Mapping[str, Any], folder: Path) -> None:
         ValueError: it lies where another run belongs.
     """
     own = place(result["identity"], result.get("role") or "normal")
-    if folder.resolve().parts[-len(own.parts) :] != own.parts:
+    if folder.absolute().parts[-len(own.parts) :] != own.parts:
         raise ValueError(
             f"{folder / 'result.json'} is of the run {own.as_posix()}: it was copied or renamed, move it back"
         )

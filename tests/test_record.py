@@ -86,6 +86,14 @@ def test_a_finished_folder_copied_to_another_class_is_not_that_class(copy: DictC
     assert "a4" in line and f"is of the run {config.job(copy).path}: it was copied or renamed" in line
 
 
+def test_a_run_may_lie_elsewhere_and_be_linked_to(copy: DictConfig, tmp_path: Path) -> None:
+    folder = config.job(copy).out
+    folder.rename(tmp_path / "scratch")
+    folder.symlink_to(tmp_path / "scratch")
+    row, _ = results.read_run(folder, config.job(copy).path)
+    assert row["seed"] == 0
+
+
 def test_a_checkpoint_copied_into_a_finished_run_is_not_scored_with(copy: DictConfig) -> None:
     path = config.job(copy).out / "last.ckpt"
     checkpoint = torch.load(path, weights_only=True)
