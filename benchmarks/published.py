@@ -9,9 +9,9 @@ The networks, their widths and their initial weights are the lab's; D ends in a 
 of probabilities. Not counted: their decoding, resizing and normalising of every image (the data set holds prepared
 tensors), their progress bar, plots and scoring.
 
-Not literal: their ReLUs work in place, the lab's networks decide that for both here; and a `DataLoader` is made for each
-timed epoch, where theirs is made once. Both are small beside a step. The commit is that of the file whose loop this is;
-sizes and protocol are cited from 78da4ea elsewhere.
+Not literal: their ReLUs work in place, here the lab's networks decide that for both loops; and a `DataLoader` is made
+for each timed epoch, where theirs is made once. The commit is that of the file whose loop this is; sizes and protocol
+are cited from 78da4ea elsewhere.
 """
 
 from __future__ import annotations

@@ -237,7 +237,8 @@ def test_a_run_without_an_epoch_within_its_time_limit_fails_instead_of_coming_ba
     assert cluster.job(job)["JobState"] == "FAILED"
     state, why = lab.status()["n0"]
     assert state == "failed" and "Give hydra.launcher.timeout_min=..." in why
-    assert re.search(rf"^SIGUSR2 for Slurm job {job} came after 00:\d\d:\d\d \(time limit 00:\d\d:00\), before", why), why
+    said = rf"^SIGUSR2 for Slurm job {job} came after 00:\d\d:\d\d \(time limit 00:\d\d:00\), before"
+    assert re.search(said, why), why
 
 
 @on_slurm
