@@ -55,6 +55,9 @@ OF_STEPS = ("model.budget.", "model.batch_size", "model.scheduler", "model.clip"
 """Keys that only training steps read. They are no part of the identity of a method without steps (``optimizer: null``),
 so an experiment's grid may change them and include such a method once."""
 
+LATER = ("model.input.features", "model.members")
+"""Keys that came after the first committed results: where they are null, a run is the one that it was without them."""
+
 NAMES_OF_RUNS = ("normal_class", "abnormal_class", "seed")
 """Keys at the top of train.yaml that no other part of a configuration is chosen by."""
 
@@ -255,8 +258,10 @@ def _identity_keys(cfg: DictConfig) -> dict[str, Any]:
     if keys.get("split.contamination.classes") is not None:
         keys["split.contamination.classes"] = protocol(cfg).contaminating_classes(load_images(cfg))
     files = {f"{key.removesuffix('sha256')}path" for key in keys if key.endswith(".sha256")}
+    unset = {key for key in LATER if keys.get(key) is None}
     unread = OF_STEPS if cfg.model.optimizer is None else ()
-    return {k: v for k, v in keys.items() if k not in NOT_IDENTITY and k not in files and not k.startswith(unread)}
+    left_out = {*NOT_IDENTITY, *files, *unset}
+    return {k: v for k, v in keys.items() if k not in left_out and not k.startswith(unread)}
 
 
 @functools.lru_cache(maxsize=256)
