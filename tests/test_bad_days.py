@@ -19,6 +19,7 @@ from omegaconf import DictConfig
 
 from anomaly_lab import cli, config
 from anomaly_lab.build import load_checkpoint
+from anomaly_lab.config import Job
 from anomaly_lab.errors import RunFailed
 from anomaly_lab.predict import load_run
 from anomaly_lab.run import OutOfMemory, run
@@ -139,10 +140,10 @@ def test_a_sweep_whose_disk_fills_in_the_middle_keeps_what_is_done_and_goes_on_l
 
     real = module.run
 
-    def fills_before_the_second(cfg: DictConfig) -> Any:
-        if cfg.normal_class == 1 and not (small_disk / "filler").exists():
+    def fills_before_the_second(job: Job) -> Any:
+        if job.cfg.normal_class == 1 and not (small_disk / "filler").exists():
             fill(small_disk)
-        return real(cfg)
+        return real(job)
 
     monkeypatch.setattr(module, "run", fills_before_the_second)
     code, out, err = lab(f"-m normal_class=0,1,2 runs={small_disk / 'runs'}")

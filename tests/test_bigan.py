@@ -137,7 +137,7 @@ def test_spectral_norm_bounds_the_discriminators_and_the_encoder_of_alad() -> No
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("model.detector.discriminator_term=l2", "discriminator_term=l2: choose one of feature and cross_entropy"),
+        ("model.detector.discriminator_term=l2", "discriminator_term=l2: choose one of feature, cross_entropy"),
         ("model.detector.w_discriminator=-1", "w_discriminator=-1: choose a number from 0 to 1"),
     ],
 )

@@ -7,6 +7,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from torch.utils._pytree import tree_map
 from anomaly_lab import config, turns
 from anomaly_lab.build import make_data, make_detector, make_trainer
 from anomaly_lab.capture import WARM_UP, Capture, count_on_device, counted_on_host
-from anomaly_lab.detector import Batch, Detector
+from anomaly_lab.detector import Batch, Detector, looking
 from anomaly_lab.players import Player, make_players, minimise
 from anomaly_lab.run import run
 
@@ -209,6 +210,10 @@ def without_trainer(cfg: DictConfig) -> tuple[Detector, Batch, dict[str, Player]
     x = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
     given = Batch(x, torch.arange(4))
     made.next_batch = lambda: given  # type: ignore[method-assign]
+    made._images = SimpleNamespace(everything=lambda: given)  # type: ignore[assignment]
+    if made.has("before_fit"):
+        with looking(made):
+            made.before_fit(x)
     return made, given, make_players(made.players(), functools.partial(torch.optim.SGD, lr=0.01))
 
 

@@ -118,7 +118,7 @@ class PuzzleAutoencoder(Detector):
         drawn = torch.randint(len(self.table), (b,), generator=self.noise, device=x.device)
         tile = torch.randint(4, (b,), generator=self.noise, device=x.device)
         empty = torch.rand(b, generator=self.noise, device=x.device) < self.blank
-        keep = ~(F.one_hot(tile, 4).bool() & empty[:, None])  # (B,4)
+        keep = ~((tile[:, None] == torch.arange(4, device=x.device)) & empty[:, None])  # (B,4)
         return joined(
             tiles(x)[torch.arange(b, device=x.device)[:, None], self.table[drawn]] * keep[..., None, None, None]
         )

@@ -135,7 +135,7 @@ def translated(x: Tensor, steps: Tensor, shift: int) -> Tensor:
     if not shift:
         return x
     size = x.shape[-1]
-    offset = shift * torch.tensor([0, -1, 1], device=x.device)[steps]  # (2,B)
+    offset = shift * ((steps == 2).long() - (steps == 1).long())  # (2,B)
     place = torch.arange(size, device=x.device) + shift - offset[..., None]  # (2,B,S) in the padded image
     padded = F.pad(x, (shift,) * 4, mode="reflect")
     image = torch.arange(len(x), device=x.device)[:, None, None]
