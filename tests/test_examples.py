@@ -43,6 +43,7 @@ def test_a_sweep_from_python(capsys: pytest.CaptureFixture[str]) -> None:
     assert Path("runs/report/report.html").is_file()
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_in_its_order_and_shows_what_it_prints(capsys: pytest.CaptureFixture[str]) -> None:
     notebook = json.loads((EXAMPLES / "digits.ipynb").read_text())
     assert notebook["nbformat"] == 4 and {"cells", "metadata"} <= notebook.keys()
