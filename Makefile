@@ -28,7 +28,7 @@ test: install ## run the tests but the slow ones; real data in ANOMALY_LAB_DATA 
 	$(PYTEST) -m 'not slow'
 
 # Marked slow: a real Slurm, processes that are killed, signals to real processes, launchers with worker processes,
-# several runs at a time to the bit, a bare Lightning Trainer held to a run for all but one method of each kind, the
+# several runs at a time to the bit, sizes of a method for other data sets, the notebook, a bare Lightning Trainer held to a run for all but one method of each kind, the
 # wheel in an environment of its own, benchmarks, committed results composed anew, methods trained until they detect.
 test-slow: install ## run the tests that `make test` leaves out
 	$(PYTEST) -m slow
