@@ -91,3 +91,11 @@ def test_what_it_cannot_do_is_said() -> None:
     with pytest.raises(ValueError, match="60 training images are too few for neighbours=12"):
         fitted(4, neighbours=12)
     assert np.isfinite(fitted(4, neighbours=11).held_out.numpy()).all()
+
+
+def test_an_image_has_the_same_score_alone_and_in_a_crowd() -> None:
+    """Features far from their origin and neighbours near each other: what float32 leaves of their distances differs."""
+    made = fitted(18, ridge=1e-3)
+    x = features(60, 2)
+    crowd = made.score(x)
+    assert (crowd - torch.cat([made.score(one[None]) for one in x])).abs().max() < 1e-5 * crowd.std()

@@ -29,15 +29,20 @@ class Metric(NamedTuple):
     """The inverse of a regularised covariance: its leading axes, and one variance for all directions beyond them."""
 
     mean: Tensor  # (D,)
-    axes: Tensor  # (D,r), each divided by the standard deviation that the metric gives it
     directions: Tensor  # (D,r), orthonormal
+    deviations: Tensor  # (r,), that the metric gives the directions
     beyond: Tensor  # (), variance
 
     def place(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """Whitened coordinates (B,r) of features x (B,D) and the squared length (B,) of what lies beyond the axes."""
-        x = x - self.mean
-        rest = (x.square().sum(1) - (x @ self.directions).square().sum(1)).clamp_min(0)
-        return x @ self.axes, rest / self.beyond
+        """Whitened coordinates (B,r) of features x (B,D) and the squared length (B,) of what lies beyond the axes.
+
+        In float64: squared lengths are subtracted here and from the distances of neighbours, which in float32 leaves
+        four digits that change with the size of the batch.
+        """
+        x = x.double() - self.mean
+        along = x @ self.directions.double()
+        rest = (x.square().sum(1) - along.square().sum(1)).clamp_min(0)
+        return along / self.deviations, rest / self.beyond
 
 
 class ScatterSubspace(Detector):
@@ -64,10 +69,10 @@ class ScatterSubspace(Detector):
     """
 
     mean: Tensor  # (D,)
-    axes: Tensor  # (D,r)
     directions: Tensor  # (D,r)
+    deviations: Tensor  # (r,)
     beyond: Tensor  # ()
-    bank: Tensor  # (N,r)
+    bank: Tensor  # (N,r), float64, as bank_rest
     bank_rest: Tensor  # (N,)
     held_out: Tensor  # (T,V), each term of held-out normals, sorted
     TERMS = ("gaussian", "neighbours")
@@ -96,19 +101,19 @@ class ScatterSubspace(Detector):
         total, dimensions = centred.square().sum() / len(x), x.shape[1]
         ridge = self.ridge * total / dimensions
         beyond = (total - variances.sum()).clamp_min(0) / max(dimensions - len(variances), 1) + ridge
-        metric = Metric(mean, directions / (variances + ridge).sqrt(), directions, beyond)
+        metric = Metric(mean, directions, (variances + ridge).sqrt(), beyond)
         bank, rest = metric.place(x)
         for name, value in (*metric._asdict().items(), ("bank", bank), ("bank_rest", rest)):
             self.set_fitted(name, value)
 
     def terms(self, x: Tensor) -> Mapping[str, Tensor]:
-        place, rest = Metric(self.mean, self.axes, self.directions, self.beyond).place(x.flatten(1))
+        place, rest = Metric(self.mean, self.directions, self.deviations, self.beyond).place(x.flatten(1))
         gaussian = place.square().sum(1) + rest
         # What lies beyond the axes of two images is taken for orthogonal.
         order = self.bank.square().sum(1) + self.bank_rest - 2 * place @ self.bank.T  # (B,N)
         nearest = order.topk(self.neighbours, largest=False).values  # (B,k)
         neighbours = (nearest + gaussian[:, None]).clamp_min(0).sqrt().mean(1)
-        return {"gaussian": gaussian.sqrt(), "neighbours": neighbours}
+        return {"gaussian": gaussian.sqrt().float(), "neighbours": neighbours.float()}
 
     def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
         return torch.stack([surprise(terms[name], self.held_out[i]) for i, name in enumerate(self.TERMS)]).sum(0)
