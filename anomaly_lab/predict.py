@@ -186,6 +186,11 @@ def load_run(
     if not (folder / "result.json").is_file():
         raise ValueError(f"{folder} holds no finished run: give the folder with its result.json and last.ckpt")
     result = record.read(folder, scored=False)
+    if members := result["config"]["model"].get("members"):
+        raise ValueError(
+            f"{folder} adds up what the runs of model.members={str(members)[:200]} scored and has no detector of its "
+            "own: give the folder of one of them"
+        )
     if not (folder / "last.ckpt").is_file():
         raise ValueError(f"{folder} has lost its last.ckpt: delete its result.json and start the run again")
 

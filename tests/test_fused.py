@@ -12,6 +12,7 @@ import torch
 
 from anomaly_lab import config, results
 from anomaly_lab.calibration import surprise
+from anomaly_lab.predict import load_run
 from anomaly_lab.run import run
 
 
@@ -47,6 +48,8 @@ def test_a_fused_run_adds_its_members_surprise_and_makes_those_that_are_missing(
     assert result["metrics"]["auroc"] > min(result["by_term"].values())
     assert len(result["by_kind"]["auroc"]) == 9
     assert run(cfg) == result, "it is not made twice"
+    with pytest.raises(ValueError, match=r"members=\['mean_image', 'pca'\] scored and has no detector of its own"):
+        load_run(config.job(cfg).out)
     frame = results.read(tmp_path / "runs")
     assert sorted(frame.model) == ["fused", "mean_image", "pca"]
 
