@@ -6,7 +6,7 @@ Legend of the shape comments: B images, N of the training set, C channels, S = i
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,8 @@ from anomaly_lab.detector import Batch, Detector
 from anomaly_lab.methods.rotation_prediction import STEPS, TURNS, WideResNet, translated
 
 
-class Transformations(NamedTuple):
+@dataclass(frozen=True)
+class Transformations:
     """T_0 ... T_{K-1}: mirrored or not, moved by -t, 0 or t pixels along both axes (border reflected), turned.
 
     K is 72, 36 without mirror images, a ninth of either where t = 0. T_0 is the identity.
