@@ -13,11 +13,12 @@ from torch import Tensor
 
 
 class Batch(NamedTuple):
-    """Images ready for a network, their positions in the data set and, for test images, their truth."""
+    """Images ready for a network, their positions in the data set and, where it may be known, what they are."""
 
     x: Tensor  # float32 (B,C,H,W)
     index: Tensor  # type: ignore[assignment]  # int64 (B,), -1 where unknown; hides tuple.index
     truth: Tensor | None = None  # uint8 (B,): 0 normal, 1 anomalous; None in training, unless model.labels
+    known: Tensor | None = None  # bool (B,): known anomalies (split.known); None unless the method is SEMI_SUPERVISED
 
 
 @runtime_checkable

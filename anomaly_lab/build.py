@@ -47,13 +47,19 @@ def make_prepare(cfg: DictConfig) -> Prepare:
 
 
 def make_data(job: Job) -> OneClassData:
-    """The data module of a run, its partition made."""
+    """The data module of a run, its partition made.
+
+    Raises:
+        ValueError: the split has known anomalies and the method asks for none.
+    """
     cfg, images, prepare = job.cfg, config.load_images(job.cfg), make_prepare(job.cfg)
+    if caution := config.caution(job):
+        log.warning(caution)
     kept = Path(cfg.data_dir).expanduser() / "features"
     return OneClassData(
         images,
         job.split,
-        job.identity["normal_class"],
+        config.target(cfg),
         prepare,
         batch_size=cfg.model.batch_size,
         epoch_steps=cfg.model.budget.epoch_steps,
@@ -61,6 +67,7 @@ def make_data(job: Job) -> OneClassData:
         seed=cfg.seed,
         features=FeatureStore(images, prepare, kept, cfg.trainer.feature_cache_gb * 1e9),
         labels=bool(cfg.model.get("labels")),
+        known=config.semi_supervised(job),
     )
 
 

@@ -89,16 +89,11 @@ def train() -> None:
             )
         if dry:
             sys.exit(sweep.dry_run(asked.overrides))
-        flags = [word for word in sys.argv[1:] if word not in asked.overrides]
+        sys.argv += config.search_path()
         hydra_main = main(config_path=str(config.CONFIG_DIR), config_name="train", version_base="1.3")(sweep.job)
-
-        def start(overrides: Sequence[str]) -> None:
-            sys.argv[1:] = [*flags, *overrides, *config.search_path()]
-            hydra_main()
-
         if asked.multirun:
-            sys.exit(sweep.make(start, asked.overrides))
-        start(asked.overrides)
+            sys.exit(sweep.make(hydra_main, asked.overrides))
+        hydra_main()
     except Terminated:
         print("terminated: the same command goes on after the last whole epoch", file=sys.stderr)
         raise
@@ -108,7 +103,7 @@ def train() -> None:
     except BrokenPipeError:
         raise
     except Exception as error:
-        line = explained(error)
+        line = config.advice(error, asked.overrides) or explained(error)
         if line is None:
             raise
         sys.exit(_mistake("anomaly-lab", line, exit_code(error)))

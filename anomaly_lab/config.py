@@ -5,6 +5,7 @@ Imports neither torch nor Lightning: a dry run over hundreds of runs, a status r
 
 from __future__ import annotations
 
+import difflib
 import functools
 import hashlib
 import inspect
@@ -24,14 +25,16 @@ from hydra import initialize_config_dir
 from hydra._internal.utils import _locate
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 
 from anomaly_lab import record
 
 if TYPE_CHECKING:
     from anomaly_lab.datasets import Images
-    from anomaly_lab.splits import Split
+    from anomaly_lab.splits import Split, Target
 
 _PACKAGE = Path(__file__).resolve().parent
 _CHECKOUT = _PACKAGE.parent / "conf"
@@ -55,8 +58,11 @@ OF_STEPS = ("model.budget.", "model.batch_size", "model.scheduler", "model.clip"
 """Keys that only training steps read. They are no part of the identity of a method without steps (``optimizer: null``),
 so an experiment's grid may change them and include such a method once."""
 
-LATER = ("model.input.features", "model.members")
-"""Keys that came after the first committed results: where they are null, a run is the one that it was without them."""
+LATER = {
+    **{"model.input.features": None, "model.members": None},
+    **{"split.known.rate": 0, "split.known.classes": None},
+}
+"""Keys that came after the first committed results, with the value at which a run is what it was without them."""
 
 NAMES_OF_RUNS = ("normal_class", "abnormal_class", "seed")
 """Keys at the top of train.yaml that no other part of a configuration is chosen by."""
@@ -214,33 +220,12 @@ def sweep(overrides: Sequence[str]) -> Sweep:
     return Sweep(Path(cfg.runs), dict(sweeper.params or {}), not sweeper._target_.endswith(".BasicSweeper"))
 
 
-def grids(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of each grid of a multirun: one, or where several experiments are swept one of each.
-
-    An experiment may itself sweep ``experiment``: its runs are those of the experiments that it names.
-    """
-    parsed = OverridesParser.create().parse_overrides(overrides=list(overrides))
-    rest = [text for text, one in zip(overrides, parsed, strict=True) if one.get_key_element() != "experiment"]
-    named = [one for one in parsed if one.get_key_element() == "experiment"]
-    if named and named[-1].is_sweep_override():
-        each = ([*rest, f"experiment={name}"] for name in named[-1].sweep_string_iterator())
-        return [grid for one in each for grid in grids(one)]
-    own = sweep(overrides).grid if named else {}
-    if "experiment" in own:
-        return grids([*(f"{key}={value}" for key, value in own.items()), *rest])
-    return [list(overrides)]
-
-
 def jobs(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of every job of a multirun, in Hydra's order, the experiments' own grids included.
+    """The overrides of every job of a multirun, in Hydra's order, an experiment's own grid included.
 
     Raises:
         ValueError: the sweeper chooses its points itself.
     """
-    return [job for grid in grids(overrides) for job in _jobs(grid)]
-
-
-def _jobs(overrides: Sequence[str]) -> list[list[str]]:
     _, grid, chooses_points = sweep(overrides)
     if chooses_points:
         raise ValueError("this sweeper chooses its points while it runs: there is no list of them beforehand")
@@ -260,6 +245,37 @@ def _without_sweeps(overrides: Sequence[str]) -> list[str]:
     return [text for text, override in zip(overrides, parsed, strict=True) if not override.is_sweep_override()]
 
 
+def advice(error: Exception, overrides: Sequence[str]) -> str | None:
+    """Of an override that names no key: a line with the keys it may mean; None for other errors, or without any."""
+    cause = error.__cause__
+    if not (isinstance(error, HydraException) and isinstance(cause, ConfigAttributeError | ConfigKeyError)):
+        return None
+    wrong = str(cause.full_key)
+    near = _near(wrong, [word for word in overrides if word.split("=")[0] in (*GROUPS, "experiment")])
+    if not near:
+        return None
+    value = next((word.partition("=")[2] for word in overrides if word.partition("=")[0] == wrong), "...")
+    others = f" (or {', '.join(near[1:3])})" if near[1:] else ""
+    return f"{wrong} cannot be set: write {near[0]}={value}{others}; anomaly-lab --cfg job shows all keys"
+
+
+def _near(wrong: str, groups: Sequence[str]) -> list[str]:
+    """Keys, and groups, with the last word of the key ``wrong`` or nearly so, the most alike first."""
+    try:
+        cfg = compose(_without_sweeps(groups))
+    except HydraException:
+        cfg = compose()
+    found = set(GROUPS)
+    for top, section in OmegaConf.to_container(cfg).items():  # type: ignore[union-attr]
+        for key in _flatten(section, str(top)):
+            found |= {key.rsplit(".", cut)[0] for cut in range(key.count(".") + 1)}
+    last = wrong.rpartition(".")[2]
+    words = {key.rpartition(".")[2] for key in found if not key.startswith("choices") and not key.endswith("_")}
+    same = {last} & words or difflib.get_close_matches(last, words, n=2, cutoff=0.75)
+    alike = [key for key in found if key.rpartition(".")[2] in same and not key.startswith("choices")]
+    return sorted(alike, key=lambda key: (-difflib.SequenceMatcher(None, key, wrong).ratio(), key))
+
+
 def _flatten(section: Any, prefix: str) -> dict[str, Any]:
     if isinstance(section, Mapping) and section:
         items = [_flatten(value, f"{prefix}.{key}") for key, value in section.items()]
@@ -276,10 +292,14 @@ def _identity_keys(cfg: DictConfig) -> dict[str, Any]:
     # One canonical form of what is the same partition: the run's own seed is null, classes are rising indices.
     if keys.get("split.seed") == cfg.seed:
         keys["split.seed"] = None
-    if keys.get("split.contamination.classes") is not None:
-        keys["split.contamination.classes"] = protocol(cfg).contaminating_classes(load_images(cfg))
+    for name in ("contamination", "known"):
+        if keys.get(f"split.{name}.classes") is not None:
+            named = getattr(protocol(cfg), name).classes
+            keys[f"split.{name}.classes"] = protocol(cfg).indices(load_images(cfg), named)
+    if keys.get("split.anomalies", "???") != "???":
+        keys["split.anomalies"] = list(protocol(cfg).anomalies)  # type: ignore[attr-defined]
     files = {f"{key.removesuffix('sha256')}path" for key in keys if key.endswith(".sha256")}
-    unset = {key for key in LATER if keys.get(key) is None}
+    unset = {key for key, before in LATER.items() if keys.get(key) == before}
     unread = OF_STEPS if cfg.model.optimizer is None else ()
     left_out = {*NOT_IDENTITY, *files, *unset}
     return {k: v for k, v in keys.items() if k not in left_out and not k.startswith(unread)}
@@ -389,9 +409,27 @@ def _images(dataset: str) -> Images:
     return instantiate(OmegaConf.create(json.loads(dataset))).load()
 
 
+@functools.lru_cache(maxsize=2)
+def _beside(dataset: str, others: tuple[str, ...]) -> Images:
+    from anomaly_lab.datasets import beside
+
+    return beside(_images(dataset), [_images(other) for other in others])
+
+
+@functools.cache
+def _described(dataset: str, data_dir: str) -> str:
+    cfg = compose([f"dataset={dataset}"])
+    cfg.data_dir = data_dir
+    return json.dumps(OmegaConf.to_container(cfg.dataset, resolve=True, throw_on_missing=True))
+
+
 def load_images(cfg: DictConfig) -> Images:
-    """The data set of ``cfg``; one copy a process, however many runs it makes."""
-    return _images(json.dumps(OmegaConf.to_container(cfg.dataset, resolve=True)))
+    """The data set of ``cfg``, with those that ``split.anomalies`` names; one copy a process, for all its runs."""
+    own = json.dumps(OmegaConf.to_container(cfg.dataset, resolve=True))
+    if not cfg.split.get("anomalies"):
+        return _images(own)
+    others = protocol(cfg).anomalies  # type: ignore[attr-defined]
+    return _beside(own, tuple(_described(name, str(cfg.data_dir)) for name in others))
 
 
 @functools.lru_cache(maxsize=16)
@@ -405,8 +443,10 @@ def protocol(cfg: DictConfig) -> Split:
     return _protocol(json.dumps(OmegaConf.to_container(cfg.split, resolve=True)))
 
 
-def target(cfg: DictConfig) -> int:
+def target(cfg: DictConfig) -> Target:
     """Zero-based index of the class that the run names: the normal one, or with ``one_abnormal`` the abnormal one.
+
+    Where the run names several, their indices, rising.
 
     Raises:
         ValueError: the other role's class was given, or a class that is none of the data set's.
@@ -417,15 +457,16 @@ def target(cfg: DictConfig) -> int:
         raise ValueError(f"split={cfg.choices.split} names the {split.role} class: write {role}={cfg[other]}")
     images, named = load_images(cfg), cfg[role]
     if named is None:
-        return int(split.targets(images)[0])
-    index = int(split.resolve(images, named))
+        return split.default(images)
     classes = split.classes(images)
-    if type(named) is int and str(named) in classes and classes[index] != str(named):
-        raise ValueError(
-            f"{role}={named} is the name of class {classes.index(str(named))} and the index of class {classes[index]}: "
-            f"""write {role}="'{named}'" or {role}={classes[index]}"""
-        )
-    return index
+    for one in named if OmegaConf.is_list(named) else [named]:
+        index = int(one) if type(one) is int and 0 <= one < len(classes) else None
+        if index is not None and str(one) in classes and classes[index] != str(one):
+            raise ValueError(
+                f"{role}={one} is the name of class {classes.index(str(one))} and the index of class {classes[index]}: "
+                f"""write {role}="'{one}'" or {role}={classes[index]}"""
+            )
+    return split.resolve(images, list(named) if OmegaConf.is_list(named) else named)
 
 
 @dataclass(frozen=True)
@@ -438,7 +479,10 @@ class Job:
     cfg: DictConfig
     """The whole configuration, with the names of the chosen groups under ``choices``."""
     identity: Mapping[str, Any]
-    """What makes a run the same run: model, dataset, split, normal_class (an index), seed, and what was changed."""
+    """What makes a run the same run: model, dataset, split, normal_class, seed, and what was changed.
+
+    ``normal_class`` is an index; of several classes ``"0+1"``, or ``"all"``.
+    """
     out: Path
     """``<runs>/<model>/<dataset>/<split>/n<class>/s<seed>``, with a hash of what was changed where anything was."""
 
@@ -505,6 +549,15 @@ class Job:
         return None if unwatched or unmeasured else result
 
 
+def _named(cfg: DictConfig) -> int | str:
+    """The class of a run, as its identity and its folder have it."""
+    named = target(cfg)
+    if isinstance(named, int):
+        return named
+    everything = len(named) == len(protocol(cfg).classes(load_images(cfg)))
+    return "all" if everything else "+".join(map(str, named))
+
+
 def job(cfg: DictConfig) -> Job:
     """The run that ``cfg`` describes.
 
@@ -520,12 +573,41 @@ def job(cfg: DictConfig) -> Job:
         "model": model_name(cfg),
         "dataset": cfg.dataset.name,
         "split": cfg.choices.split,
-        "normal_class": target(cfg),
+        "normal_class": _named(cfg),
         "seed": cfg.seed,
         "changed": changed(cfg),
     }
     out = Path(cfg.runs) / record.place(own, protocol(cfg).role)
     return Job(cfg, own, out)
+
+
+def semi_supervised(job: Job) -> bool:
+    """Whether the method of a run asks for known anomalies; imports its class.
+
+    Raises:
+        ValueError: the split has some and the method asks for none.
+    """
+    if job.cfg.model.members:
+        return False  # each member is asked for itself
+    detector = job.cfg.model.detector
+    try:
+        asks = bool(getattr(_locate(detector._target_), "SEMI_SUPERVISED", False))
+    except Exception:  # no such class: Hydra says so in its own words
+        return False
+    if job.split.known.rate and not asks:
+        raise ValueError(
+            f"split.known.rate={job.split.known.rate}: {job.identity['model']} learns from no known anomalies (it is "
+            "not SEMI_SUPERVISED): set split.known.rate=0, or choose a method that does"
+        )
+    return asks
+
+
+def caution(job: Job) -> str | None:
+    """What is possible and hardly meant."""
+    rate = job.split.contamination.rate
+    if rate <= 0.5:
+        return None
+    return f"split.contamination.rate={rate}: most of the training images ({rate:.0%}) are anomalies, and none is known"
 
 
 def members(cfg: DictConfig) -> list[Job]:

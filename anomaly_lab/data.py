@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from anomaly_lab.batches import Batch
 from anomaly_lab.datasets import Images
 from anomaly_lab.features import FeatureStore
-from anomaly_lab.splits import Partition, Split
+from anomaly_lab.splits import Partition, Split, Target
 
 STEPS_SECONDS = 0.2
 """Training time between two calls by Lightning, about."""
@@ -134,6 +134,7 @@ class Loader:
     Args:
         pixels: uint8 (N,C,H,W), or stored features, on the device where they fit, else in host memory.
         index: int64 (N,), positions in the whole data set. truth: uint8 (N,), of test images and labelled ones.
+        known: bool (N,), of a semi-supervised method's training images.
     """
 
     def __init__(
@@ -144,8 +145,9 @@ class Loader:
         batch_size: int,
         device: torch.device,
         truth: Tensor | None = None,
+        known: Tensor | None = None,
     ) -> None:
-        self.pixels, self.index, self.truth = pixels, index, truth
+        self.pixels, self.index, self.truth, self.known = pixels, index, truth, known
         self._prepare, self._batch_size, self._device = prepare, batch_size, device
 
     def __len__(self) -> int:
@@ -163,16 +165,15 @@ class Loader:
 
     def batch(self, positions: Tensor) -> Batch:
         """The images at ``positions`` (B,), prepared, on the device."""
-        return Batch(
-            self._prepare(self.pixels[positions].to(self._device)),
-            self.index[positions].to(self._device),
-            None if self.truth is None else self.truth[positions].to(self._device),
-        )
+        x = self._prepare(self.pixels[positions].to(self._device))
+        said = (None if of is None else of[positions].to(self._device) for of in (self.truth, self.known))
+        return Batch(x, self.index[positions].to(self._device), *said)
 
     def everything(self) -> Batch:
         """All images, prepared, on the device: x (N,C,S,S)."""
         x = whole(self._prepare, self.pixels, self._device)
-        return Batch(x, self.index.to(self._device), None if self.truth is None else self.truth.to(self._device))
+        said = (None if of is None else of.to(self._device) for of in (self.truth, self.known))
+        return Batch(x, self.index.to(self._device), *said)
 
 
 class EpochImages:
@@ -262,7 +263,7 @@ class OneClassData(LightningDataModule):
     Args:
         images: a data set, from one of the readers of `anomaly_lab.datasets`.
         split: a protocol of `anomaly_lab.splits`.
-        target: the class the protocol names, by name or zero-based index.
+        target: the class the protocol names, by name or zero-based index; a sequence of several.
         batch_size: images in a training batch. score_batch_size: images scored at once; None: `scored_at_once`.
         epoch_steps: fewest steps of an epoch: smaller training sets are passed several times, each time in a new order,
             so that an epoch means about the same on 50 images as on 5000.
@@ -271,6 +272,8 @@ class OneClassData(LightningDataModule):
         features: where fixed features are kept, if ``prepare`` has any; None computes them for this object alone.
         labels: train on the labelled anomalies too (`Partition.with_labelled`), with the truth in every batch. For the
             supervised ceiling: a one-class method never sees either.
+        known: train on the known anomalies too (`Partition.with_known`), marked in every batch: for methods that are
+            `SEMI_SUPERVISED`, and for no other.
 
     Raises:
         ValueError: ``labels`` under a protocol that tests on all anomalies.
@@ -280,7 +283,7 @@ class OneClassData(LightningDataModule):
         self,
         images: Images,
         split: Split,
-        target: str | int,
+        target: str | int | Sequence[str | int],
         prepare: Prepare,
         *,
         batch_size: int,
@@ -289,6 +292,7 @@ class OneClassData(LightningDataModule):
         seed: int = 0,
         features: FeatureStore | None = None,
         labels: bool = False,
+        known: bool = False,
     ) -> None:
         super().__init__()
         if epoch_steps < 1:
@@ -296,15 +300,16 @@ class OneClassData(LightningDataModule):
         if batch_size < 2:
             raise ValueError(f"model.batch_size={batch_size}: batch norm needs at least 2 images in a batch")
         self.images, self.prepare = images, prepare
-        self.target = split.resolve(images, target)
+        self.target: Target = split.resolve(images, target)
         partition = split(images, self.target, seed)
-        self.partition: Partition = partition.with_labelled() if labels else partition
+        partition = partition.with_labelled() if labels else partition
+        self.partition: Partition = partition.with_known() if known else partition
         if batch_size > MOST_REPEATS * len(self.partition.train):
             raise ValueError(
                 f"model.batch_size={batch_size} has each of the {len(self.partition.train)} training images "
                 f"{batch_size // len(self.partition.train)} times: lower it"
             )
-        self._labels = labels
+        self._labels, self._known = labels, known
         self.batch_size, self._epoch_steps, self._score_batch_size = (
             batch_size,
             epoch_steps,
@@ -329,10 +334,12 @@ class OneClassData(LightningDataModule):
         return max(images // self.batch_size, 1, least)
 
     def train_dataloader(self) -> EpochImages:
-        """The training images, without their truth unless the data module was made with ``labels``."""
+        """The training images, without a word on what they are unless made with ``labels`` or ``known``."""
         pixels, index = self._stored("train")
-        truth = torch.from_numpy(self.partition.train_truth).to(pixels.device) if self._labels else None
-        images = Loader(pixels, index, self._as_seen, self.batch_size, self._device(), truth)
+        parts = self.partition
+        truth = torch.from_numpy(parts.train_truth).to(pixels.device) if self._labels else None
+        known = torch.from_numpy(np.isin(parts.train, parts.known)).to(pixels.device) if self._known else None
+        images = Loader(pixels, index, self._as_seen, self.batch_size, self._device(), truth, known)
         return EpochImages(images, self.batch_size, seed=self._seed, epoch_steps=self._epoch_steps)
 
     def val_dataloader(self) -> list[Loader]:

@@ -20,7 +20,7 @@ import urllib.request
 import warnings
 import zipfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
@@ -81,6 +81,49 @@ class Images:
         order = np.lexsort((key[:, 3], key[:, 2], key[:, 1], key[:, 0], labels, is_test))
         ordered = cls(pixels[order], labels[order], is_test[order], class_names, superclass, name, sha256="")
         return replace(ordered, sha256=_checksum(ordered, digests[order]))
+
+
+def beside(images: Images, others: Sequence[Images]) -> Images:
+    """``images``, and each of ``others`` as one more class that is named after its data set.
+
+    They are brought to the stored shape of ``images``: grey repeated or colour made grey (ITU-R 601), then stretched by
+    Pillow's bilinear filter. One without a test half is test images alone.
+
+    Raises:
+        ValueError: a set stands beside itself, or has the name of a class.
+    """
+    names = (*images.class_names, *(other.name for other in others))
+    if len(set(names)) < len(names) or images.name in names:
+        raise ValueError(
+            f"{images.name} cannot have {', '.join(one.name for one in others)} beside it: name other data sets"
+        )
+    labels = [np.full(len(other), len(images.class_names) + i) for i, other in enumerate(others)]
+    is_test = [other.is_test | (not other.is_test.any()) for other in others]
+    return Images.canonical(
+        np.concatenate([images.pixels, *(_brought_to(other.pixels, images.pixels.shape[1:]) for other in others)]),
+        np.concatenate([images.labels, *labels]),
+        np.concatenate([images.is_test, *is_test]),
+        names,
+        images.superclass and (*images.superclass, *(other.name for other in others)),
+        name="+".join(one.name for one in (images, *others)),
+    )
+
+
+def _brought_to(pixels: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    """uint8 (N,c,h,w) -> (N,C,H,W)."""
+    from PIL import Image
+
+    if pixels.shape[1:] == shape:
+        return pixels
+    channels, height, width = shape
+    found = np.empty((len(pixels), height, width, channels), np.uint8)
+    for i, image in enumerate(pixels.transpose(0, 2, 3, 1)):
+        opened = Image.fromarray(image if image.shape[2] == 3 else image[..., 0]).convert(
+            "L" if channels == 1 else "RGB"
+        )
+        resized = np.asarray(opened.resize((width, height), Image.Resampling.BILINEAR))
+        found[i] = resized.reshape(height, width, channels)
+    return found.transpose(0, 3, 1, 2)
 
 
 def _digests(pixels: np.ndarray) -> np.ndarray:

@@ -36,6 +36,10 @@ class Contract:
     STAGES: ClassVar[tuple[str, ...]] = ()
     """Names of the stages of training, in order; empty for methods that train the same way throughout."""
 
+    SEMI_SUPERVISED: ClassVar[bool] = False
+    """Whether the method learns from known anomalies: those of ``split.known`` are then among its training images,
+    marked in `Batch.known`. Where it is False, no method gets any, and a split that has some is refused."""
+
     def score(self, x: Tensor) -> Tensor:
         """Anomaly score of each image, higher is more anomalous; independent of the other images in ``x``.
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import difflib
 import os
+import re
+import shlex
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -78,13 +81,16 @@ def explained(error: Exception) -> str | None:
         method = name.removesuffix("_small")
         if group == "model" and name != method and method in error.options:
             return f"there is no model={name}: write model={method} size=small"
+        if near := difflib.get_close_matches(name, error.options, n=3, cutoff=0.7):
+            others = f" (or {', '.join(near[1:])})" if near[1:] else ""
+            return f"there is no {group}={name}: write {group}={near[0]}{others}; anomaly-lab --help shows all"
         return f"there is no {group}={name}: choose among {', '.join(error.options)}"
     if isinstance(error, InstantiationException) and isinstance(cause, ValueError):
         return flat(str(cause))  # what a data set, a split or a method says about its parameters
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value: give {error.full_key}=..."
     if isinstance(error, OverrideParseException):
-        return f"{error.override} is no key=value: {text}"
+        return f"{error.override} is no key=value: {_quoted(error.override) or text}"
     if isinstance(error, HydraException) and "--multirun" in text:
         named = text.split("'")[1]
         return f"{named} asks for several runs: add -m"
@@ -92,6 +98,24 @@ def explained(error: Exception) -> str | None:
         return f"{cause.full_key} cannot be set ({flat(str(cause))}): anomaly-lab --cfg job shows the keys there are"
     mistake = isinstance(error, HydraException | OmegaConfBaseException | ValueError | OSError)
     return text if mistake else None
+
+
+def _quoted(override: str) -> str:
+    """How to write a value whose signs Hydra takes for its own, or none of; empty where quotes would not help."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import OverrideParseException
+
+    key, equals, value = override.partition("=")
+    listed = value.startswith("[") and value.endswith("]")
+    names = [name.strip() for name in value.strip("[]").split(",")] if listed else [value]
+    quoted = [name if re.fullmatch(r"\w+|'.*'", name, re.A) else "'" + name.replace("'", r"\'") + "'" for name in names]
+    written = f"{key}=[{','.join(quoted)}]" if listed else f"{key}={quoted[0]}"
+    try:
+        OverridesParser.create().parse_override(written)
+    except OverrideParseException:
+        return ""
+    also = ", or give the index of the class" if key.endswith(("_class", "classes")) else ""
+    return f"quote the value and the whole, {shlex.quote(written)}{also}" if equals and value else ""
 
 
 def flat(text: str) -> str:

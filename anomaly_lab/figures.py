@@ -234,9 +234,8 @@ def class_heat_map(frame: pd.DataFrame, title: str = "") -> Figure:
     stays grey, and so does the mean of its row, which would be over other classes.
     """
     labels = list(dict.fromkeys(frame["label"]))
-    classes = dict(
-        sorted({int(c): str(n) for c, n in zip(frame["normal_class"], frame["class_name"], strict=True)}.items())
-    )
+    classes = dict(zip(frame["normal_class"].tolist(), map(str, frame["class_name"]), strict=True))
+    classes = {c: classes[c] for c in sorted(classes, key=lambda c: (isinstance(c, str), c))}  # several classes last
     means = frame.groupby(["label", "normal_class"])["auroc"].mean()
     table = np.array([[means.get((label, c), np.nan) for c in classes] for label in labels])  # (methods, classes)
     names = [*classes.values(), "mean"]

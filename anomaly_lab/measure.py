@@ -175,8 +175,9 @@ def _by_kind(
 ) -> dict[str, Any]:
     """Metrics on all test normals and some of the anomalies.
 
-    ``auroc`` holds one number for each class of anomalies. Where contaminating classes are named, ``seen`` holds all
-    metrics for those, ``unseen`` for the others; they are named at rate 0 as well, for comparison.
+    ``auroc`` holds one number for each class of anomalies. Where the classes of contaminating or known anomalies are
+    named, ``seen`` holds all metrics for those, ``unseen`` for the others; they are named at rate 0 as well, for
+    comparison.
     """
     truth, labels = data.partition.test_truth, data.images.labels[data.partition.test]
     names = data.images.class_names
@@ -188,8 +189,7 @@ def _by_kind(
     found: dict[str, Any] = {
         "auroc": {names[kind]: metrics.auroc(score[some], truth[some]) for kind in kinds for some in [chosen([kind])]}
     }
-    if job.split.contamination.classes is not None:
-        seen = job.split.contaminating(data.images, data.target)
+    if (seen := job.split.seen(data.images, data.target)) is not None:
         for name, group in (("seen", seen), ("unseen", [kind for kind in kinds if kind not in seen])):
             some = chosen(group)
             if truth[some].any():

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,9 @@ from typing import Any
 from anomaly_lab.files import refuse_bomb
 
 IDENTITY = {"model": str, "dataset": str, "split": str, "normal_class": int, "seed": int, "changed": dict}
-"""What makes a run the same run."""
+"""What makes a run the same run. ``normal_class`` is a class's index, or ``0+1`` or ``all`` of several (`SEVERAL`)."""
+
+SEVERAL = re.compile(r"all|\d+(\+\d+)+")
 
 SHARES = (
     *("auroc", "auroc_low", "auroc_high", "average_precision", "fpr95", "balanced_accuracy", "f1"),
@@ -85,7 +88,8 @@ def _refuse_constant(name: str) -> None:
 def _faults(result: Mapping[str, Any]) -> Iterator[str]:
     identity, metrics = result["identity"], result["metrics"]
     for name, kind in IDENTITY.items():
-        if type(identity[name]) is not kind:
+        several = name == "normal_class" and type(identity[name]) is str and SEVERAL.fullmatch(identity[name])
+        if type(identity[name]) is not kind and not several:
             yield f"identity.{name} is {identity[name]!r}"
     if metrics["auroc"] is None:
         yield "no AUROC in it"

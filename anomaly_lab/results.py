@@ -39,7 +39,7 @@ Result = Mapping[str, Any]
 
 class Column(NamedTuple):
     name: str
-    kind: type  # str, int, float, bool; object for the value of a key of the configuration
+    kind: Any  # str, int, float, bool; int | str for a class, or several; object for the value of a configuration's key
     of: Callable[[Result], Any]  # the value in a result.json
     heading: str = ""  # of its means in a report; a column without one is not shown there
     optional: bool = False  # a result.json or results.csv may lack it: an empty text, or None
@@ -124,7 +124,7 @@ COLUMNS = (
     Column("model", str, _key("identity.model")),
     Column("dataset", str, _key("identity.dataset")),
     Column("split", str, _key("identity.split")),
-    Column("normal_class", int, _key("identity.normal_class")),
+    Column("normal_class", int | str, _key("identity.normal_class")),
     Column("seed", int, _key("identity.seed")),
     Column("auroc", float, _key("metrics.auroc")),
     _metric("average_precision", "AP"),
@@ -189,10 +189,20 @@ def _number(value: Any) -> float | None:
     return None if value is None else float(value)
 
 
-_TYPED: dict[type, Callable[[Any], Any]] = {
+def _class(value: int | str) -> int | str:
+    return int(value) if str(value).isdecimal() else str(value)
+
+
+def class_order(one: int | str) -> tuple[bool, Any]:
+    """Sort key of classes: single ones by their index, then several."""
+    return isinstance(one, str), natural(str(one))
+
+
+_TYPED: dict[Any, Callable[[Any], Any]] = {
     str: lambda value: "" if value is None else str(value),
     float: _number,
     int: int,
+    int | str: _class,
     bool: bool,
     object: lambda value: value,
 }
@@ -214,7 +224,13 @@ def _values(columns: Iterable[Column], result: Result) -> dict[str, Any]:
 
 def _with_names(row: dict[str, Any]) -> dict[str, Any]:
     problem = " ".join(item for item in row["changed"].split() if item.startswith(("split.", "dataset.")))
-    return row | {"label": label(row["model"], row["changed"]), "problem": problem}
+    named = label(row["model"], row["changed"])
+    if isinstance(row["normal_class"], str):  # a mean over single classes and pairs of them would mean nothing
+        several = "classes=" + (
+            row["normal_class"] if "+" not in row["normal_class"] else str(row["normal_class"].count("+") + 1)
+        )
+        problem, named = f"{problem} {several}".strip(), label(row["model"], f"{row['changed']} {several}")
+    return row | {"label": named, "problem": problem}
 
 
 def label(model: str, changed: str) -> str:
@@ -326,7 +342,7 @@ def read_csv(path: str | Path) -> pd.DataFrame:
             elif kind is str:
                 row[name] = text[1:] if text[:1] == "'" and text[1:].startswith(FORMULAS) else text
             else:
-                row[name] = kind(text) if text else None
+                row[name] = _TYPED[kind](text) if text else None
         row.update({name: _parsed(line[name]) for name in changed})
         rows.append(row)
     return _frame(rows, changed)
@@ -339,7 +355,7 @@ def _frame(rows: Iterable[dict[str, Any]], changed: Sequence[str]) -> pd.DataFra
         map(_with_names, rows),
         key=lambda row: [
             *(natural(row[key]) for key in ("dataset", "split", "model", "changed")),
-            row["normal_class"],
+            class_order(row["normal_class"]),
             row["seed"],
             row["path"],
         ],
@@ -352,7 +368,10 @@ def _frame(rows: Iterable[dict[str, Any]], changed: Sequence[str]) -> pd.DataFra
         ("problem", str),
     ]:
         # Texts stay plain Python objects: an empty one must not become "not a number".
-        columns[name] = pd.Series([row[name] for row in rows], dtype=object if kind is str else kind)
+        # The column of classes is one of numbers unless a run has several.
+        values = [row[name] for row in rows]
+        plain = int if kind == int | str and all(isinstance(value, int) for value in values) else kind
+        columns[name] = pd.Series(values, dtype=object if plain in (str, int | str) else plain)
     return pd.DataFrame(columns)
 
 

@@ -119,7 +119,7 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback], lo
         raise ValueError(f"trainer.threshold_quantile={cfg.trainer.threshold_quantile}: give a number between 0 and 1")
     data = make_data(job)
     detector = make_detector(cfg, data.image_shape)
-    class_name = split.classes(data.images)[data.target]
+    class_name = split.title(data.images, data.target)
     title = f"{job.identity['model']} {job.identity['dataset']} {class_name}"
     trainer = make_trainer(job, data, title, tracker, callbacks)
     device = trainer.strategy.root_device
@@ -156,7 +156,7 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback], lo
         "schema": SCHEMA,
         "identity": job.identity,
         "class_name": class_name,
-        "classes": len(split.targets(data.images)),
+        "classes": len(split.targets(data.images)) if isinstance(data.target, int) else None,  # of which one is named
         "role": split.role,
         "image_shape": list(data.image_shape),
         "stored_shape": list(data.images.pixels.shape[1:]),
@@ -168,7 +168,8 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback], lo
             "fingerprint": partition.fingerprint,
             "version": split.version,
             "train": len(partition.train),
-            "train_anomalous": int(partition.train_truth.sum()),
+            "train_anomalous": int(partition.train_truth.sum()),  # contaminating and known ones
+            "known": len(partition.known),
             "val": len(partition.val),
             "test_normal": int((partition.test_truth == 0).sum()),
             "test_anomalous": int(partition.test_truth.sum()),

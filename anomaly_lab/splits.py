@@ -14,16 +14,17 @@ All protocols follow the same order:
 2. `max_train` thins the normals of the training part;
 3. a tenth of them, at least 5, is held out as `val` (thresholds and model selection see nothing else);
 4. contamination adds anomalies from the training part of the anomalous classes to what is left to train on;
-5. `max_test` thins the test part.
+5. known anomalies are drawn from what contamination left of that part, for methods that ask for them;
+6. `max_test` thins the test part.
 
-Steps 2 to 4 leave the test images as they are (except in `one_abnormal`, where the anomalies are one pool).
+Steps 2 to 5 leave the test images as they are (except in `one_abnormal`, where the anomalies are one pool).
 """
 
 from __future__ import annotations
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from anomaly_lab.datasets import Images
 
 Indices = NDArray[np.int64]
+
+Target = int | tuple[int, ...]
+"""The class that a run names, as a zero-based index; several of them, rising, where it names several."""
 
 FEWEST_NORMALS = 10
 """Training images of the normal class below which there is nothing to learn and to hold out."""
@@ -58,6 +62,11 @@ class Partition:
     test_truth: NDArray[np.uint8]  # (M,)
     fingerprint: str  # 16 hex digits over the protocol and the content of the images
     labelled: Indices  # (L,) training anomalies that neither train nor test: for `with_labelled` alone
+    known: Indices  # (K,) training anomalies that are known to be such: for `with_known` alone
+
+    def with_known(self) -> Partition:
+        """The same, training on the known anomalies as well: what a semi-supervised method sees, and no other."""
+        return self._training_on(self.known)
 
     def with_labelled(self) -> Partition:
         """The same, training on the labelled anomalies as well: what a supervised ceiling sees, and no detector.
@@ -66,26 +75,31 @@ class Partition:
         """
         if not len(self.labelled):
             raise ValueError("model.labels=true: this split tests on all anomalies, so there are none to learn from")
-        train = np.concatenate([self.train, self.labelled])
-        truth = np.concatenate([self.train_truth, np.ones(len(self.labelled), np.uint8)])
+        return replace(self._training_on(self.labelled), labelled=self.labelled[:0])
+
+    def _training_on(self, anomalies: Indices) -> Partition:
+        train = np.concatenate([self.train, anomalies])
+        truth = np.concatenate([self.train_truth, np.ones(len(anomalies), np.uint8)])
         order = np.argsort(train, kind="stable")
-        return replace(self, train=train[order], train_truth=truth[order], labelled=self.labelled[:0])
+        return replace(self, train=train[order], train_truth=truth[order])
 
 
 @dataclass(frozen=True)
-class Contamination:
-    """Anomalies among the training images, unknown to the detector.
+class _Anomalies:
+    """Anomalies beside the training normals.
 
-    `rate` is their share of all training images after the validation cut, in [0, 1). `classes` are the
-    classes they come from, by name or zero-based index; None stands for all the anomalous ones.
+    `rate` is their share of the training images, themselves included, after the validation cut, in [0, 1). `classes`
+    are the classes they come from, by name or zero-based index; None stands for all the anomalous ones.
     """
 
     rate: float = 0.0
     classes: tuple[str | int, ...] | None = None
 
+    key: ClassVar[str]  # of `Split`
+
     def __post_init__(self) -> None:
         if not 0 <= self.rate < 1:
-            raise ValueError(f"contamination rate {self.rate} must be at least 0 and below 1")
+            raise ValueError(f"split.{self.key}.rate={self.rate} must be at least 0 and below 1")
         if self.classes is not None:
             # A config gives a list of its own kind, a command line a single name.
             single = isinstance(self.classes, str | int)
@@ -93,17 +107,32 @@ class Contamination:
 
 
 @dataclass(frozen=True)
+class Contamination(_Anomalies):
+    """Anomalies among the training images, unknown to the detector."""
+
+    key: ClassVar[str] = "contamination"
+
+
+@dataclass(frozen=True)
+class Known(_Anomalies):
+    """Anomalies that a semi-supervised detector trains on and knows to be such (Deep SAD's labelled ones)."""
+
+    key: ClassVar[str] = "known"
+
+
+@dataclass(frozen=True)
 class Split(ABC):
     """One protocol with its parameters.
 
-    `contamination` may be a mapping. `max_train` and `max_test` cap the numbers of training normals and of test
-    images, keeping the classes' shares and, where possible, an image of each. `seed` None is the run's seed.
+    `contamination` and `known` may be mappings. `max_train` and `max_test` cap the numbers of training normals and of
+    test images, keeping the classes' shares and, where possible, an image of each. `seed` None is the run's seed.
     """
 
     contamination: Contamination = field(default_factory=Contamination)
     max_train: int | None = None
     max_test: int | None = None
     seed: int | None = None
+    known: Known = field(default_factory=Known)
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
@@ -112,6 +141,8 @@ class Split(ABC):
     def __post_init__(self) -> None:
         if isinstance(self.contamination, Mapping):
             object.__setattr__(self, "contamination", Contamination(**self.contamination))
+        if isinstance(self.known, Mapping):
+            object.__setattr__(self, "known", Known(**self.known))
         if self.max_train is not None and self.max_train < FEWEST_NORMALS:
             raise ValueError(
                 f"max_train {self.max_train} is too small: give at least {FEWEST_NORMALS}, or null for all"
@@ -119,16 +150,17 @@ class Split(ABC):
         if self.max_test is not None and self.max_test < 2:
             raise ValueError(f"max_test {self.max_test} is too small: give at least 2, or null for all")
 
-    def __call__(self, images: Images, target: int, seed: int) -> Partition:
-        """Split `images` with class number `target` as the normal (in `one_abnormal`: the abnormal) one.
+    def __call__(self, images: Images, target: Target, seed: int) -> Partition:
+        """Split `images` with class number `target`, or several, as the normal (in `one_abnormal`: the abnormal) one.
 
         Raises ValueError when the protocol does not fit the data set, the class is not one of `targets`, or
         there are too few images for what was asked.
         """
-        if target not in self.targets(images):
-            raise ValueError(self._not_a_target(images, target))
+        for one in _several(target):
+            if one not in self.targets(images):
+                raise ValueError(self._not_a_target(images, one))
         seed = seed if self.seed is None else self.seed
-        name = self.classes(images)[target]
+        name = self.title(images, target)
         normal, anomalous = self._sides(images, target)
         parts = self._parts(images, normal, anomalous, name, seed)
 
@@ -140,11 +172,15 @@ class Split(ABC):
             )
         val = self._draw(images, normals, max(5, len(normals) // 10), "val", seed)
         normals = _without(normals, val)
-        added = self._contaminants(images, parts.train_anomalous, anomalous, name, len(normals), seed)
+        draw = f"contamination of {name}"
+        added = self._anomalies(self.contamination, images, parts.train_anomalous, anomalous, draw, len(normals), seed)
         train = np.sort(np.concatenate([normals, added]))
+        left = _without(parts.train_anomalous, added)
+        known = self._anomalies(self.known, images, left, anomalous, f"known for {name}", len(train), seed)
 
-        # Only one_abnormal draws its contamination from images that would otherwise be in the test.
-        tested = {"normal": parts.test_normal, "anomalous": _without(parts.test_anomalous, added)}
+        # Only one_abnormal draws these from images that would otherwise be in the test.
+        tested_anomalous = _without(parts.test_anomalous, np.concatenate([added, known]))
+        tested = {"normal": parts.test_normal, "anomalous": tested_anomalous}
         if absent := [kind for kind, test in tested.items() if not len(test)]:
             raise ValueError(
                 f"{images.name} has no {absent[0]} images to test {self.role} class {name!r} on: "
@@ -153,15 +189,17 @@ class Split(ABC):
         test = self._thin(images, list(tested.values()), self.max_test, "max_test", seed)
 
         truth = ~np.isin(images.labels, normal)
-        self._assert_sound(truth, train, val, test, added)
+        self._assert_sound(truth, train, val, test, added, known)
+        roles = {"train": train, "val": val, "test": test} | ({"known": known} if len(known) else {})
         return Partition(
             train=train,
             train_truth=truth[train].astype(np.uint8),
             val=val,
             test=test,
             test_truth=truth[test].astype(np.uint8),
-            fingerprint=self._fingerprint(images, truth, {"train": train, "val": val, "test": test}),
-            labelled=_without(parts.train_anomalous, np.concatenate([added, tested["anomalous"]])),
+            fingerprint=self._fingerprint(images, truth, roles),
+            labelled=_without(left, tested_anomalous),
+            known=known,
         )
 
     def classes(self, images: Images) -> tuple[str, ...]:
@@ -173,12 +211,28 @@ class Split(ABC):
         """Indices of the classes that this protocol accepts, in the order of its table."""
         return tuple(range(len(self.classes(images))))
 
-    def resolve(self, images: Images, named: str | int) -> int:
-        """Index of the class that was named by its name or its zero-based index.
+    def title(self, images: Images, target: Target) -> str:
+        """The name of a class; of several the names, in the order of the alphabet."""
+        names = self.classes(images)
+        if len(names) > 1 and len(_several(target)) == len(names):
+            return f"all {len(names)} classes"
+        return " + ".join(sorted(names[one] for one in _several(target)))
+
+    def default(self, images: Images) -> Target:
+        """What a run has as its class that names none: the first of `targets`."""
+        return self.targets(images)[0]
+
+    def resolve(self, images: Images, named: str | int | Sequence[str | int]) -> Target:
+        """Index of the class that was named by its name or its zero-based index; rising, of several.
 
         An int is always an index; a string is a name, or an index where no class has that name. Raises ValueError
         with the valid classes.
         """
+        if not isinstance(named, str | int):
+            found = tuple(sorted({one for name in named for one in _several(self.resolve(images, name))}))
+            if not found:
+                raise ValueError(f"no {self.role} class is named: name one or several")
+            return found if len(found) > 1 else found[0]
         index = self._index(images, named)
         if index is None or index not in self.targets(images):
             raise ValueError(self._not_a_target(images, named))
@@ -195,14 +249,14 @@ class Split(ABC):
         """The labels of one of `classes`."""
         return [index]
 
-    def _sides(self, images: Images, target: int) -> tuple[list[int], list[int]]:
+    def _sides(self, images: Images, target: Target) -> tuple[list[int], list[int]]:
         """Normal labels and anomalous labels."""
-        normal = self._members(images, target)
+        normal = [label for one in _several(target) for label in self._members(images, one)]
         return normal, [label for label in range(len(images.class_names)) if label not in normal]
 
     @abstractmethod
     def _parts(self, images: Images, normal: list[int], anomalous: list[int], target: str, seed: int) -> _Parts:
-        """Cut the images of both sides into training and test parts; `target` names the class for streams."""
+        """Cut the images of both sides into training and test parts; `target` is the class's `title`, for streams."""
 
     # What is the same for all of them.
 
@@ -253,55 +307,53 @@ class Split(ABC):
                 kept.append(self._draw(images, group[images.labels[group] == label], n, purpose, seed))
         return np.sort(np.concatenate(kept))
 
-    def _contaminants(
-        self, images: Images, pool: Indices, anomalous: list[int], target: str, normals: int, seed: int
+    def _anomalies(
+        self, of: _Anomalies, images: Images, pool: Indices, anomalous: list[int], purpose: str, beside: int, seed: int
     ) -> Indices:
-        """Anomalies to train on beside so many normals, out of the pool."""
-        rate = self.contamination.rate
-        if self.contamination.classes is not None:
-            pool = pool[np.isin(images.labels[pool], self._named_labels(images, anomalous))]
-        count = round(rate * normals / (1 - rate))
+        """Anomalies to train on beside so many other images, out of the pool."""
+        if of.classes is not None:
+            pool = pool[np.isin(images.labels[pool], self._named_labels(of, images, anomalous))]
+        count = round(of.rate * beside / (1 - of.rate))
         if count > len(pool):
             raise ValueError(
-                f"contamination rate {rate} beside {normals} normals needs {count} anomalies, {images.name} "
+                f"split.{of.key}.rate={of.rate} beside {beside} training images needs {count} anomalies, {images.name} "
                 f"has {len(pool)} to give: lower the rate or split.max_train, or allow more classes"
             )
-        return self._draw(images, pool, count, f"contamination of {target}", seed)
+        return self._draw(images, pool, count, purpose, seed)
 
-    def contaminating(self, images: Images, target: int) -> list[int]:
-        """The labels that contamination may come from, with class number `target` named as in `__call__`.
+    def seen(self, images: Images, target: Target) -> list[int] | None:
+        """The labels of the classes that `contamination` and `known` name, with `target` as in `__call__`.
 
-        Raises ValueError when a class that `contamination.classes` names is not anomalous.
+        None where neither names any. Raises ValueError when a class that is named is not anomalous.
         """
         _, anomalous = self._sides(images, target)
-        return anomalous if self.contamination.classes is None else self._named_labels(images, anomalous)
+        named = [of for of in (self.contamination, self.known) if of.classes is not None]
+        return [label for of in named for label in self._named_labels(of, images, anomalous)] if named else None
 
-    def contaminating_classes(self, images: Images) -> list[int | str] | None:
-        """The classes that `contamination.classes` names, each once as an index, rising; unknown names stay last."""
-        named = self.contamination.classes
-        if named is None:
-            return None
+    def indices(self, images: Images, named: tuple[str | int, ...]) -> list[int | str]:
+        """The classes that are named, each once as an index, rising; unknown names stay last."""
         indices = {self._index(images, one) for one in named}
         unknown = {one for one in named if self._index(images, one) is None}
         return [*sorted(index for index in indices if index is not None), *sorted(map(str, unknown))]
 
-    def _named_labels(self, images: Images, anomalous: list[int]) -> list[int]:
-        wanted = self.contamination.classes
+    def _named_labels(self, of: _Anomalies, images: Images, anomalous: list[int]) -> list[int]:
+        wanted = of.classes
         assert wanted is not None
         members = {index: self._members(images, index) for index in range(len(self.classes(images)))}
         valid = {index for index, labels in members.items() if set(labels) <= set(anomalous)}
         chosen = [self._index(images, named) for named in wanted]
         if wrong := [named for named, index in zip(wanted, chosen, strict=True) if index not in valid]:
             names = ", ".join(f"{self.classes(images)[index]} ({index})" for index in sorted(valid))
-            raise ValueError(f"contamination class {wrong[0]!r} is not anomalous here: choose among {names}")
+            raise ValueError(f"{of.key} class {wrong[0]!r} is not anomalous here: choose among {names}")
         return [label for index in chosen if index is not None for label in members[index]]
 
     def _assert_sound(
-        self, truth: NDArray[np.bool_], train: Indices, val: Indices, test: Indices, added: Indices
+        self, truth: NDArray[np.bool_], train: Indices, val: Indices, test: Indices, added: Indices, known: Indices
     ) -> None:
         """The one place that holds every protocol to its promise: normals only, nothing twice."""
-        together = np.concatenate([train, val, test])
-        assert len(np.unique(together)) == len(together), "train, val and test overlap"
+        together = np.concatenate([train, val, test, known])
+        assert len(np.unique(together)) == len(together), "train, val, test and known overlap"
+        assert truth[known].all(), "a known anomaly is none"
         assert not truth[val].any(), "val holds anomalies"
         assert np.array_equal(train[truth[train]], added), "train holds anomalies that were not asked for"
         assert self.contamination.rate > 0 or not len(added), "train is contaminated at rate 0"
@@ -392,10 +444,11 @@ class Subclass(Official):
         pairs = list(zip(superclasses, images.class_names, strict=True))
         return tuple(pairs.index(min(pair for pair in pairs if pair[0] == coarse[i])) for i in sorted(drawn))
 
-    def _sides(self, images: Images, target: int) -> tuple[list[int], list[int]]:
-        superclasses = _superclasses(images)
-        family = [label for label, name in enumerate(superclasses) if name == superclasses[target]]
-        return [target], [label for label in family if label != target]
+    def _sides(self, images: Images, target: Target) -> tuple[list[int], list[int]]:
+        superclasses, normal = _superclasses(images), _several(target)
+        families = {superclasses[one] for one in normal}
+        siblings = [label for label, name in enumerate(superclasses) if name in families and label not in normal]
+        return list(normal), siblings
 
 
 @dataclass(frozen=True)
@@ -449,13 +502,55 @@ class OneAbnormal(Pooled):
     name: ClassVar[str] = "one_abnormal"
     role: ClassVar[Literal["normal", "abnormal"]] = "abnormal"
 
-    def _sides(self, images: Images, target: int) -> tuple[list[int], list[int]]:
+    def _sides(self, images: Images, target: Target) -> tuple[list[int], list[int]]:
         return super()._sides(images, target)[::-1]
 
     def _parts(self, images: Images, normal: list[int], anomalous: list[int], target: str, seed: int) -> _Parts:
         train_normal, test_normal = self._cut(images, normal, seed)
         abnormal = np.flatnonzero(np.isin(images.labels, anomalous))
         return _Parts(train_normal, test_normal, train_anomalous=abnormal, test_anomalous=abnormal)
+
+
+@dataclass(frozen=True)
+class Ood(Official):
+    """Out of distribution: classes of the data set are normal, all of them by default; other data sets are anomalous.
+
+    Official halves of both; the other classes of the data set take no part. Each of `anomalies`, by the name of its
+    data set, stands as one class behind the data set's own (`anomaly_lab.datasets.beside`), so every one has its own
+    AUROC: near (CIFAR-100 beside CIFAR-10) and far (MNIST).
+    """
+
+    anomalies: tuple[str, ...] = ()
+
+    name: ClassVar[str] = "ood"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "anomalies", other_sets(self.anomalies))
+        if not self.anomalies:
+            raise ValueError("split.anomalies is empty: name another data set, such as split.anomalies=mnist")
+
+    @classmethod
+    def _misfit(cls, images: Images) -> str:
+        return super()._misfit(images) or "has no other data set beside it"  # so that it is nobody's advice
+
+    def _require_fit(self, images: Images) -> None:
+        if not images.is_test.any() or not set(self.anomalies) < set(images.class_names):
+            super()._require_fit(images)
+
+    def classes(self, images: Images) -> tuple[str, ...]:
+        return tuple(name for name in super().classes(images) if name not in self.anomalies)
+
+    def default(self, images: Images) -> Target:
+        return self.targets(images)
+
+    def _sides(self, images: Images, target: Target) -> tuple[list[int], list[int]]:
+        return list(_several(target)), [images.class_names.index(name) for name in self.anomalies]
+
+
+def other_sets(named: str | Sequence[str]) -> tuple[str, ...]:
+    """The data sets that `Ood.anomalies` names, each once, in the order of the alphabet."""
+    return tuple(sorted({named} if isinstance(named, str) else set(named)))
 
 
 @dataclass(frozen=True, eq=False)
@@ -473,6 +568,10 @@ def _protocols(kind: type[Any] = Split) -> Iterator[type[Split]]:
     for child in kind.__subclasses__():
         yield child
         yield from _protocols(child)
+
+
+def _several(target: Target) -> tuple[int, ...]:
+    return (target,) if isinstance(target, int) else target
 
 
 def _stream(text: str) -> np.random.RandomState:

@@ -40,17 +40,16 @@ JOURNAL = "ANOMALY_LAB_JOURNAL"
 """Environment variable, for a launcher's workers: the journal of the sweep they work for."""
 
 
-def make(hydra_main: Callable[[Sequence[str]], None], overrides: Sequence[str]) -> int:
+def make(hydra_main: Callable[[], None], overrides: Sequence[str]) -> int:
     """The multirun that ``overrides`` describe, as far as it is not made yet; the command's exit code.
 
     Args:
-        hydra_main: lets Hydra call `job` for every run of the grid that overrides describe.
+        hydra_main: lets Hydra call `job` for every run of the command line.
     """
     asked = config.sweep(overrides)
     try:
         with open_journal(asked.runs) as journal:
-            for grid in [overrides] if asked.chooses_points else config.grids(overrides):
-                survive_killed_workers(functools.partial(hydra_main, grid), journal)
+            survive_killed_workers(hydra_main, journal)
             jobs = journal.jobs() if asked.chooses_points else config.jobs(overrides)
     except OSError as error:
         if error.errno not in UNWRITABLE or asked.chooses_points or not _all_done(jobs := config.jobs(overrides)):
@@ -278,8 +277,7 @@ def _make_run(run: Job) -> dict[str, Any] | None:
 
 def _refuse_grid(experiment: str | None, grid: Mapping[str, Any] | None, given: Sequence[str]) -> None:
     """Without -m an experiment's grid would silently become one run of the defaults."""
-    own = [word for word in given if not word.startswith("experiment=")]  # which a grid may be over
-    missing = grid and [key for key in grid if not any(word.startswith(f"{key}=") for word in own)]
+    missing = grid and [key for key in grid if not any(word.startswith(f"{key}=") for word in given)]
     if missing:
         one = " ".join(f"{key}=..." for key in missing)
         raise ValueError(f"experiment={experiment} is a grid of runs: add -m, or ask for one of them with {one}")
@@ -366,7 +364,8 @@ class _Member(NamedTuple):
         return str(self.job.out) if self.job else self.status.path
 
 
-def _grid(jobs: Sequence[Sequence[str]]) -> list[_Member]:
+def _grid(jobs: Sequence[Sequence[str]], trial: Callable[[Job], None] | None = None) -> list[_Member]:
+    """The runs of a grid; with ``trial``, which raises what a run would fail with, of those that are to do."""
     common = set[str]().union(*jobs[:1]).intersection(*jobs) if len(jobs) > 1 else set()
     queue = functools.cache(slurm.queue)
     members = []
@@ -376,6 +375,8 @@ def _grid(jobs: Sequence[Sequence[str]]) -> list[_Member]:
             found = status.of(run, queue)
             if found.state == "done" and run.finished() is None:
                 found = Status("missing", found.path, "its test AUROC was not watched")
+            if trial is not None and found.state != "done":
+                trial(run)
         except Exception as error:  # a class that is none of the data set's, missing data, an edited yaml, ...
             line = explained(error)
             if line is None:
@@ -418,7 +419,25 @@ def _summary(jobs: Sequence[Sequence[str]], *, searched: bool) -> int:
 
 def dry_run(overrides: Sequence[str]) -> int:
     """Print what is done, what is to do and about how long it will take; the command's exit code."""
-    members = _grid(config.jobs(overrides))
+    tried: dict[Any, str] = {}  # what a partition fails with; methods share it
+    cautions: set[str] = set()
+
+    def trial(run: Job) -> None:
+        key = run.split, str(run.cfg.dataset), run.identity["normal_class"], run.cfg.seed
+        if key not in tried:
+            try:
+                run.split(config.load_images(run.cfg), config.target(run.cfg), run.cfg.seed)
+                tried[key] = ""
+            except ValueError as error:
+                tried[key] = str(error)
+        if tried[key]:
+            raise ValueError(tried[key])
+        if run.split.known.rate:
+            config.semi_supervised(run)
+        if (line := config.caution(run)) is not None:
+            cautions.add(line)
+
+    members = _grid(config.jobs(overrides), trial)
     seconds: dict[Any, list[float]] = {}
     left = []
     for one in members:
@@ -439,6 +458,8 @@ def dry_run(overrides: Sequence[str]) -> int:
     if len(known) < len(left):
         line += f"; no finished run tells how long {len(left) - len(known)} of them take"
     print(line)
+    for caution in sorted(cautions):
+        print(f"note: {caution}")
     return MISTAKE if impossible else DONE
 
 

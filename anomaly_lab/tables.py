@@ -71,7 +71,7 @@ class Table:
     dataset: str
     split: str
     role: str  # whether the named class is the normal one or the abnormal one
-    classes: dict[int, str]
+    classes: dict[int | str, str]
     seeds: int  # expected
     rows: tuple[Row, ...]
     runs: int
@@ -90,7 +90,7 @@ def table(frame: pd.DataFrame, dataset: str, split: str, expected: Sequence[Job]
     it is compared with a published mean only where it is known to be over all classes.
     """
     part = frame[(frame["dataset"] == dataset) & (frame["split"] == split)]
-    grid: dict[str, dict[int, set[int]]] = {}
+    grid: dict[str, dict[int | str, set[int]]] = {}
     about: dict[str, Mapping[str, Any]] = {}  # by label: a run, made or planned
     for job in map(results.planned, expected):
         if (job["dataset"], job["split"]) == (dataset, split):
@@ -98,8 +98,8 @@ def table(frame: pd.DataFrame, dataset: str, split: str, expected: Sequence[Job]
             about[job["label"]] = job
     about |= {run["label"]: run for run in part.to_dict("records")}
     classes = {c: str(c) for wanted in grid.values() for c in wanted}
-    classes |= {int(c): str(n) for c, n in zip(part["normal_class"], part["class_name"], strict=True)}
-    classes = dict(sorted(classes.items()))
+    classes |= {c: str(n) for c, n in zip(part["normal_class"].tolist(), part["class_name"], strict=True)}
+    classes = {c: classes[c] for c in sorted(classes, key=results.class_order)}
     seeds = {int(seed) for seed in part["seed"]} | {s for wanted in grid.values() for c in wanted.values() for s in c}
     rows = []
     for name in sorted(about, key=lambda name: results.natural(name.rstrip("]"))):  # as the frame is sorted

@@ -32,19 +32,29 @@ TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 
         ("experiment=typo", "there is no experiment=typo: choose among akcay2018,"),
         ("hydra/launcher=typo", "there is no hydra/launcher=typo: choose among abreast, basic"),
         ("typo=1", "typo cannot be set"),
-        ("model.detector.widht=1", "model.detector.widht cannot be set"),
+        ("model.detector.widht=1", "model.detector.widht cannot be set: write model.detector.width=1; "),
+        ("epochs=3", "epochs cannot be set: write model.budget.epochs=3; "),
+        ("-m epochs=3 seed=0,1", "epochs cannot be set: write model.budget.epochs=3; "),
+        ("--dry-run epochs=3", "epochs cannot be set: write model.budget.epochs=3; "),
+        ("model.batchsize=8 model=ganomaly", "model.batchsize cannot be set: write model.batch_size=8"),
+        ("modle=ganomaly", "modle cannot be set: write model=ganomaly"),
+        ("rate=0.1", "rate cannot be set: write split.known.rate=0.1 (or split.contamination.rate); "),
+        ("model=ganomally", "there is no model=ganomally: write model=ganomaly"),
+        ("dataset=fashion-mnist", "there is no dataset=fashion-mnist: write dataset=fashion_mnist"),
+        ("normal_class=café", """quote the value and the whole, 'normal_class='"'"'café'"'"'', or give the index"""),
+        ("'normal_class=[a b,thé]'", "or give the index of the class"),
         ("seed", "seed is no key=value"),
         ("'normal_class=range(0,3)'", "normal_class=range(0,3) asks for several runs: add -m"),
         ("normal_class=0,1", "normal_class=0,1 asks for several runs: add -m"),
         ("experiment=jia2022_mnist_small seed=0", "is a grid of runs: add -m, or ask for one of them with model=..."),
-        ("experiment=everything", "is a grid of runs: add -m, or ask for one of them with experiment=..."),
         ("--config-dir elsewhere", "go into the folder that ANOMALY_LAB_CONF names"),
         ("normal_class=ten", "no class 'ten': choose name or index among 0 (0), 1 (1)"),
         ("normal_class=10", "no class 10: choose"),
+        ("\"normal_class='café'\"", "no class 'café': choose name or index among 0 (0)"),
         ("split=official", "digits has no official test half: use split=pooled or split=one_abnormal"),
         ("split=one_abnormal normal_class=3", "write abnormal_class=3"),
         ("abnormal_class=3", "write normal_class=3"),
-        ("split.contamination.rate=2", "contamination rate 2 must be at least 0 and below 1"),
+        ("split.contamination.rate=2", "split.contamination.rate=2 must be at least 0 and below 1"),
         ("dataset=npz", "dataset.name has no value: give dataset.name=..."),
         ("dataset=npz dataset.name=mine dataset.path=mine.npz", "dataset.path=mine.npz is not there"),
         ("dataset=image_folder dataset.name=mine dataset.path=mine", "dataset.path=mine is not a folder"),
@@ -218,27 +228,6 @@ def test_a_dry_run_reads_an_experiments_grid(lab: Command) -> None:
         "--dry-run -m experiment=jia2022_mnist_small dataset=digits split=pooled 'normal_class=range(0,2)' model=ede"
     )
     assert lab(words).out.splitlines()[-1].startswith("2 runs: 0 done, 2 to do")
-
-
-def test_several_experiments_are_made_and_counted_as_one_sweep(
-    lab: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = tmp_path / "own/experiment"
-    folder.mkdir(parents=True)
-    for name, params in {"floors": "{model: 'pca,knn'}", "mean": "{model: mean_image, normal_class: '0,1'}"}.items():
-        text = f"# @package _global_\nhydra: {{sweeper: {{params: {params}}}}}\n"
-        (folder / f"{name}.yaml").write_text(text)
-    monkeypatch.setenv(config.EXTRA_CONFIGS, str(folder.parent))
-    code, out, _ = lab("-m experiment=floors,mean trainer.progress=false")
-    *lines, count = out.splitlines()
-    rows = [(*line.split("  ")[:1], line.split("normal ")[1][0]) for line in lines]
-    assert (code, rows) == (0, [("pca", "0"), ("knn", "0"), ("mean_image", "0"), ("mean_image", "1")])
-    assert count == "4 runs: 4 done"
-    assert {json.loads(path.read_text())["experiment"] for path in Path("runs").rglob("result.json")} == {
-        "floors",
-        "mean",
-    }
-    assert lab("-m experiment=floors,mean --dry-run").out.splitlines()[-1].startswith("4 runs: 4 done, 0 to do")
 
 
 def test_help_shows_groups_and_commands_and_needs_nothing_heavy() -> None:

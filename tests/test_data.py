@@ -142,7 +142,7 @@ def test_held_out_normals_come_before_the_test_images() -> None:
     data = OneClassData(images(30), Pooled(), "zero", Prepare(), batch_size=8)
     val, test = data.test_dataloader()
     assert torch.cat([batch.index for batch in val]).tolist() == data.partition.val.tolist()
-    index, truth = (torch.cat(list(part)) for part in zip(*[batch[1:] for batch in test], strict=True))
+    index, truth = (torch.cat(list(part)) for part in zip(*[batch[1:3] for batch in test], strict=True))
     assert index.tolist() != data.partition.test.tolist(), "mixed, for neighbours of a data set share their label"
     known = dict(zip(data.partition.test.tolist(), data.partition.test_truth.tolist(), strict=True))
     assert [known.pop(i) for i in index.tolist()] == truth.tolist() and not known

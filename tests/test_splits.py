@@ -12,16 +12,18 @@ import numpy as np
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from omegaconf import OmegaConf
 
 from anomaly_lab import datasets
+from anomaly_lab.config import compose
 from anomaly_lab.datasets import Images
 from anomaly_lab.splits import (
     PIAD_OBJECTS,
     Coil,
     Contamination,
+    Known,
     Official,
     OneAbnormal,
+    Ood,
     Partition,
     Pooled,
     Split,
@@ -108,15 +110,16 @@ test_sizes = st.fixed_dictionaries({name: st.integers(3, 20) for name in CLASSES
     test=test_sizes,
     seed=st.integers(0, 10**6),
     rate=st.sampled_from([0.0, 0.01, 0.05]),
+    known=st.sampled_from([0.0, 0.05]),
     max_train=st.none() | st.integers(10, 60),
     max_test=st.none() | st.integers(2, 60),
     data=st.data(),
 )
 def test_normals_only_nothing_twice_and_the_counts_of_the_protocol(
-    kind, train, test, seed, rate, max_train, max_test, data
+    kind, train, test, seed, rate, known, max_train, max_test, data
 ):
     images = image_set(train, test)
-    split = kind(contamination=Contamination(rate), max_train=max_train, max_test=max_test)
+    split = kind(contamination=Contamination(rate), max_train=max_train, max_test=max_test, known=Known(known))
     chosen = data.draw(st.sampled_from(split.targets(images)))
     partition = split(images, chosen, seed)
 
@@ -135,16 +138,19 @@ def test_normals_only_nothing_twice_and_the_counts_of_the_protocol(
     assert set(named[partition.test[partition.test_truth == 0]]) <= set(normal)
     assert set(named[partition.test[partition.test_truth == 1]]) <= set(anomalous)
 
-    used = np.concatenate([partition.train, partition.val, partition.test])
+    assert set(named[partition.known]) <= set(anomalous)
+
+    used = np.concatenate([partition.train, partition.val, partition.test, partition.known])
     assert len(set(used)) == len(used)
     assert used.min() >= 0 and used.max() < len(images)
-    for indices in (partition.train, partition.val, partition.test):
+    for indices in (partition.train, partition.val, partition.test, partition.known):
         assert indices.dtype == np.int64 and np.all(np.diff(indices) > 0)
 
     if issubclass(kind, Official):
         pool = sum(train[n] for n in normal)
         test_normal, test_anomalous = sum(test[n] for n in normal), sum(test[n] for n in anomalous)
         assert images.is_test[partition.test].all() and not images.is_test[partition.train].any()
+        assert not images.is_test[partition.known].any()
     else:
         cut = {n: int(0.8 * (train[n] + test[n]) + 1e-9) for n in CLASSES}
         pool = sum(cut[n] for n in normal)
@@ -158,8 +164,9 @@ def test_normals_only_nothing_twice_and_the_counts_of_the_protocol(
     assert found["val"] == max(5, pool // 10)
     left = pool - found["val"]
     assert found["contaminating"] == round(rate * left / (1 - rate))
+    assert len(partition.known) == round(known * len(partition.train) / (1 - known))
     if kind is OneAbnormal:
-        test_anomalous -= found["contaminating"]
+        test_anomalous -= found["contaminating"] + len(partition.known)
     if max_test is None or max_test >= test_normal + test_anomalous:
         assert (found["test_normal"], found["test_anomalous"]) == (test_normal, test_anomalous)
     else:
@@ -176,6 +183,19 @@ def test_normals_only_nothing_twice_and_the_counts_of_the_protocol(
 @settings(max_examples=10, deadline=None)
 def test_a_partition_is_a_pure_function_of_images_class_and_seed(kind, seed):
     assert same(kind()(TOYS, target(kind, TOYS), seed), kind()(TOYS, target(kind, TOYS), seed))
+
+
+@every_protocol
+def test_several_classes_are_on_one_side(kind):
+    split, images = kind(), TOYS
+    chosen = split.targets(images)[:2]
+    partition = split(images, chosen, 0)
+    sides = [split._sides(images, one) for one in chosen]
+    named = set(sides[0][split.role == "abnormal"]) | set(sides[1][split.role == "abnormal"])
+    own = images.labels[partition.test[partition.test_truth == (split.role == "abnormal")]]
+    assert set(own) == named
+    assert split.resolve(images, [str(chosen[1]), chosen[0]]) == tuple(sorted(chosen))
+    assert split.title(images, chosen) == " + ".join(sorted(split.classes(images)[one] for one in chosen))
 
 
 @every_protocol
@@ -238,6 +258,7 @@ def test_every_difference_between_partitions_shows_in_the_fingerprint():
         for split in (
             *(Official(), Official(seed=1), Official(max_train=30), Official(max_test=30)),
             *(Official(contamination=Contamination(0.1)), Official(contamination=Contamination(0.1, (1,)))),
+            *(Official(known=Known(0.1)), Official(known=Known(0.1, (1,)))),
             *(Pooled(), Pooled(seed=1), Coil(), OneAbnormal()),
         )
     ]
@@ -408,7 +429,7 @@ PLAIN = dataclasses.replace(UNHALVED, class_names=tuple("abcdef"))
             Official(contamination=Contamination(0.6, ("obj48",))),
             TOYS,
             0,
-            r"rate 0.6 beside 35 normals needs 52 anomalies, toys has 40 to give: lower the rate",
+            r"rate=0.6 beside 35 training images needs 52 anomalies, toys has 40 to give: lower the rate",
         ),
         (
             Subclass(contamination=Contamination(0.1)),
@@ -444,7 +465,7 @@ PLAIN = dataclasses.replace(UNHALVED, class_names=tuple("abcdef"))
             OneAbnormal(contamination=Contamination(0.3)),
             TOYS,
             "obj79",
-            r"rate 0.3 beside 216 normals needs 93 anomalies, toys has 60 to give",
+            r"rate=0.3 beside 216 training images needs 93 anomalies, toys has 60 to give",
         ),
     ],
 )
@@ -463,9 +484,9 @@ def test_an_index_that_the_protocol_does_not_accept_is_refused_by_the_call_too(k
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: Contamination(1.0), "rate 1.0 must be at least 0 and below 1"),
-        (lambda: Contamination(-0.1), "rate -0.1 must be"),
-        (lambda: Contamination(float("nan")), "rate nan must be"),
+        (lambda: Contamination(1.0), r"split\.contamination\.rate=1.0 must be at least 0 and below 1"),
+        (lambda: Contamination(-0.1), "rate=-0.1 must be"),
+        (lambda: Contamination(float("nan")), "rate=nan must be"),
         (lambda: Official(max_train=9), "max_train 9 is too small: give at least 10"),
         (lambda: Official(max_test=1), "max_test 1 is too small: give at least 2"),
     ],
@@ -477,14 +498,14 @@ def test_parameters_out_of_range_are_refused(build, message):
 
 @every_protocol
 def test_a_split_goes_through_a_plain_dictionary_and_back(kind):
-    split = kind(contamination=Contamination(0.1, ("obj48", 2)), max_train=30, max_test=20, seed=7)
+    split = kind(Contamination(0.1, ("obj48", 2)), max_train=30, max_test=20, seed=7, known=Known(0.1, ("obj1",)))
     assert kind(**dataclasses.asdict(split)) == split
     assert hash(kind(**dataclasses.asdict(split))) == hash(split)
 
 
 @every_protocol
 def test_the_config_builds_the_protocol_with_its_defaults(kind):
-    config = OmegaConf.load(CONF / f"{kind.name}.yaml")
+    config = compose([f"split={kind.name}"]).split
     assert hydra.utils.instantiate(config) == kind()
     config.contamination.classes, config.contamination.rate, config.max_train = ["obj48", 2], 0.1, 30
     built = hydra.utils.instantiate(config)
@@ -493,7 +514,7 @@ def test_the_config_builds_the_protocol_with_its_defaults(kind):
 
 
 def test_every_protocol_has_a_config():
-    assert {path.stem for path in CONF.glob("*.yaml")} == {kind.name for kind in PROTOCOLS}
+    assert {path.stem for path in CONF.glob("*.yaml")} == {kind.name for kind in [*PROTOCOLS, Ood]}
 
 
 READERS = {
