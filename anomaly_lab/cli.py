@@ -89,16 +89,11 @@ def train() -> None:
             )
         if dry:
             sys.exit(sweep.dry_run(asked.overrides))
-        flags = [word for word in sys.argv[1:] if word not in asked.overrides]
+        sys.argv += config.search_path()
         hydra_main = main(config_path=str(config.CONFIG_DIR), config_name="train", version_base="1.3")(sweep.job)
-
-        def start(overrides: Sequence[str]) -> None:
-            sys.argv[1:] = [*flags, *overrides, *config.search_path()]
-            hydra_main()
-
         if asked.multirun:
-            sys.exit(sweep.make(start, asked.overrides))
-        start(asked.overrides)
+            sys.exit(sweep.make(hydra_main, asked.overrides))
+        hydra_main()
     except Terminated:
         print("terminated: the same command goes on after the last whole epoch", file=sys.stderr)
         raise
@@ -267,6 +262,7 @@ def score(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGES", help="image files, or folders of them")
     parser.add_argument("--out", type=Path, default=Path("scores.csv"), help="the CSV to write (default: scores.csv)")
     parser.add_argument("--heat-maps", type=Path, metavar="DIR", help="also draw there where each image looks wrong")
+    parser.add_argument("--skip-broken", action="store_true", help="leave out files that cannot be read, and name them")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument(
         "--data-dir", type=Path, metavar="DIR", help="where pretrained weights lie, if not where they did"
@@ -286,10 +282,12 @@ def score(argv: Sequence[str] | None = None) -> int:
     try:
         files = predict.image_files(asked.images)
         fitted = predict.load_run(asked.run, asked.device, asked.data_dir, asked.trust)
-        predict.score_files(fitted, files, asked.out, asked.heat_maps)
+        broken = predict.score_files(fitted, files, asked.out, asked.heat_maps, skip_broken=asked.skip_broken)
     except (ValueError, OSError) as error:
         return _mistake(parser.prog, str(error))
-    print(f"{len(files)} images scored: {asked.out}")
+    for fault in broken:
+        print(f"left out: {fault}", file=sys.stderr)
+    print(f"{len(files) - len(broken)} images scored: {asked.out}")
     return DONE
 
 
@@ -370,8 +368,8 @@ def _features(asked: argparse.Namespace) -> str:
     from tqdm import tqdm
 
     from anomaly_lab import config, networks, predict
-    from anomaly_lab.datasets import open_image
     from anomaly_lab.files import write_whole
+    from anomaly_lab.pictures import open_image
 
     cfg = config.compose([f"model={asked.model}", *asked.overrides])
     described = cfg.model.detector.get("features")

@@ -30,13 +30,10 @@ import numpy as np
 
 from anomaly_lab.errors import shortened
 from anomaly_lab.files import refuse_bomb, take_lock, write_whole
+from anomaly_lab.pictures import IMAGE_SUFFIXES, Unreadable, open_image, unreadable
 
 REQUIRED = ("images", "labels", "is_test", "class_names")
 NETWORK_TIMEOUT = 30.0  # seconds; many compute nodes drop packets instead of refusing connections
-IMAGE_SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".webp", ".pgm", ".ppm"})
-
-MOST_PIXELS = 2**26
-"""Of one image: 8192x8192. A file of 172 KB may decode to 1 GB, for one image of 32x32 pixels."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -483,6 +480,7 @@ class ImageFolder(Dataset):
     path: str | Path
     size: int = 32
     channels: int = 3  # 1: grey (ITU-R 601 luma), 3: RGB
+    skip_broken: bool = False  # leave files out that are no readable images, with a warning that lists them
 
     config: ClassVar[str] = "image_folder"
 
@@ -501,12 +499,21 @@ class ImageFolder(Dataset):
         listing = self._listing()
         class_names = tuple(dict.fromkeys(name for _, name, _, _ in listing))
         index = {name: k for k, name in enumerate(class_names)}
-        pixels = np.empty((len(listing), self.channels, self.size, self.size), np.uint8)
-        for i, (file, _, _, _) in enumerate(listing):
-            pixels[i] = open_image(file, str(file), self.channels, self.size)
-        labels = np.array([index[name] for _, name, _, _ in listing], np.int64)
-        is_test = np.array([test for _, _, test, _ in listing], np.bool_)
-        return Images.canonical(pixels, labels, is_test, class_names, name=self.name)
+        pixels, read, broken = [], [], list[Unreadable]()
+        for entry in listing:
+            try:
+                pixels.append(open_image(entry[0], str(entry[0]), self.channels, self.size))
+                read.append(entry)
+            except Unreadable as fault:
+                broken.append(fault)
+        if broken:
+            said = unreadable(broken, len(listing), "dataset.skip_broken=true")
+            if not self.skip_broken or not pixels:
+                raise said
+            warnings.warn(f"left out: {said}", stacklevel=2)
+        labels = np.array([index[name] for _, name, _, _ in read], np.int64)
+        is_test = np.array([test for _, _, test, _ in read], np.bool_)
+        return Images.canonical(np.stack(pixels), labels, is_test, class_names, name=self.name)
 
     def _cached(self) -> Images | None:
         if self.cache.exists() and "source" not in _keys(self.cache, self._remedy()):
@@ -516,7 +523,8 @@ class ImageFolder(Dataset):
         return super()._cached()
 
     def _source(self) -> str:
-        digest = hashlib.sha256(json.dumps([self.size, self.channels]).encode())
+        parameters = [self.size, self.channels, *(["skip_broken"] if self.skip_broken else [])]
+        digest = hashlib.sha256(json.dumps(parameters).encode())
         for file, name, test, state in self._listing():
             digest.update(json.dumps([file.name, name, test, state]).encode())
         return f"ImageFolder {digest.hexdigest()}"
@@ -728,25 +736,3 @@ def _network_timeout() -> Iterator[None]:
 def _is_network(error: BaseException) -> bool:
     kinds = (urllib.error.URLError, TimeoutError, ConnectionError, http.client.HTTPException)
     return isinstance(error, kinds) or "urlopen" in str(error) or "HTTP Error" in str(error)
-
-
-def open_image(file: Any, where: str, channels: int, size: int | None = None) -> np.ndarray:
-    """Decode one image file into uint8 (C,H,W), resized to size x size where that is given."""
-    from PIL import Image, ImageOps
-
-    try:
-        if isinstance(file, str | Path) and not Path(file).is_file():  # a pipe would wait for somebody who writes
-            raise ValueError("it is no file")
-        with Image.open(file) as opened:
-            if opened.width * opened.height > MOST_PIXELS:
-                raise ValueError(f"it has {opened.width}x{opened.height} pixels, more than {MOST_PIXELS:,}")
-            if opened.mode[0] in "IF":  # Pillow would silently clip these to 255
-                raise ValueError(f"its pixels are not 8-bit (mode {opened.mode})")
-            image = ImageOps.exif_transpose(opened).convert("L" if channels == 1 else "RGB")
-            if size is not None and image.size != (size, size):
-                image = image.resize((size, size), Image.Resampling.BILINEAR)
-            array = np.asarray(image)
-    # On damaged files Pillow raises OSError, SyntaxError, struct.error, DecompressionBombError and more.
-    except Exception as error:
-        raise ValueError(f"{where} cannot be read ({shortened(error)}): repair, convert or remove it") from error
-    return array[None] if array.ndim == 2 else array.transpose(2, 0, 1)

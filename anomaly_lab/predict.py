@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomaly_lab import record
-from anomaly_lab.datasets import IMAGE_SUFFIXES, open_image
 from anomaly_lab.errors import shortened
 from anomaly_lab.files import cell, write_text
+from anomaly_lab.pictures import IMAGE_SUFFIXES, Unreadable, open_image, unreadable
 
 # torch and Lightning take seconds to import: they come with the first run that is loaded, not with --help.
 if TYPE_CHECKING:
@@ -88,22 +88,33 @@ class FittedDetector:
         found = self._each(self.detector.anomaly_map, images)
         return None if found is None else found.astype(np.float32, copy=False)
 
-    def read(self, paths: Sequence[str | Path]) -> NDArray[np.uint8]:
+    def read(self, paths: Sequence[str | Path], broken: list[Unreadable] | None = None) -> NDArray[np.uint8]:
         """Image files as uint8 (N,C,H,W): in the colours of the run's data set, stretched to its size if they differ.
 
         Done as by `anomaly_lab.datasets.ImageFolder`; orientation tags are obeyed, transparency is ignored.
 
+        Args:
+            broken: takes what is wrong with files that are no readable 8-bit images, which are then left out.
+
         Raises:
-            ValueError: a file that is no readable 8-bit image, named.
+            ValueError: there are such files and no ``broken``; all of them are named.
         """
         channels, height, width = self.stored_shape
-        images = np.empty((len(paths), channels, height, width), np.uint8)
-        for i, path in enumerate(paths):
-            image = open_image(path, str(path), channels, height if height == width else None)
+        images, faults = [np.empty((0, channels, height, width), np.uint8)], list[Unreadable]()
+        for path in paths:
+            try:
+                image = open_image(path, str(path), channels, height if height == width else None)
+            except Unreadable as fault:
+                faults.append(fault)
+                continue
             if image.shape[1:] != (height, width):  # only where the data set itself is not square
                 raise ValueError(f"{path} has {image.shape[2]}x{image.shape[1]} pixels: bring it to {width}x{height}")
-            images[i] = image
-        return images
+            images.append(image[None])
+        if broken is not None:
+            broken += faults
+        elif faults:
+            raise unreadable(faults, len(paths), "--skip-broken, or a list for broken")
+        return np.concatenate(images)
 
     def displayable(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The images as the network sees them, in [0, 1], float32 (N,C,S,S): what `anomaly_map` lies over."""
@@ -269,25 +280,40 @@ def image_files(given: Sequence[Path]) -> list[Path]:
     return files
 
 
-def score_files(fitted: FittedDetector, files: Sequence[Path], out: Path, heat_maps: Path | None = None) -> None:
+def score_files(
+    fitted: FittedDetector,
+    files: Sequence[Path],
+    out: Path,
+    heat_maps: Path | None = None,
+    *,
+    skip_broken: bool = False,
+) -> list[Unreadable]:
     """Write the CSV ``out``: image, score and decision of each of ``files``; heat maps as PNGs into ``heat_maps``.
 
+    Returns what was left out: with ``skip_broken`` the files that are no readable images.
+
     Raises:
-        ValueError: a file that is no readable image, or heat maps of a method that has none.
+        ValueError: files that are no readable images, all of them named; or heat maps of a method that has none.
     """
-    rows = [("image", "score", "decision")]
+    rows, broken = [("image", "score", "decision")], list[Unreadable]()
     for start in range(0, len(files), FILES_AT_ONCE):
-        some = files[start : start + FILES_AT_ONCE]
-        images = fitted.read(some)
+        images = fitted.read(files[start : start + FILES_AT_ONCE], broken)
+        if broken and not skip_broken:
+            continue  # to name the others
+        left_out = {fault.where for fault in broken}
+        some = [file for file in files[start : start + FILES_AT_ONCE] if str(file) not in left_out]
         scores = fitted.score(images)
         decided = fitted._decisions(images, scores)
         words = [""] * len(some) if decided is None else np.where(decided, "anomalous", "normal").tolist()
         rows += [(cell(str(path)), f"{score:.9g}", word) for path, score, word in zip(some, scores, words, strict=True)]
         if heat_maps is not None:
             _draw_heat_maps(fitted, some, images, scores, heat_maps, start)
+    if broken and (not skip_broken or len(rows) == 1):
+        raise unreadable(broken, len(files), "--skip-broken")
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_text(out, text.getvalue())
+    return broken
 
 
 def _draw_heat_maps(

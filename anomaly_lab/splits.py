@@ -12,7 +12,7 @@ All protocols follow the same order:
 
 1. the protocol cuts the images of the normal and of the anomalous classes into a training and a test part;
 2. `max_train` thins the normals of the training part;
-3. a tenth of them, at least 5, is held out as `val` (thresholds and model selection see nothing else);
+3. a tenth of them (`val_share`), at least 5, is held out as `val` (thresholds and model selection see nothing else);
 4. contamination adds anomalies from the training part of the anomalous classes to what is left to train on;
 5. known anomalies are drawn from what contamination left of that part, for methods that ask for them;
 6. `max_test` thins the test part.
@@ -26,6 +26,7 @@ import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -126,6 +127,7 @@ class Split(ABC):
 
     `contamination` and `known` may be mappings. `max_train` and `max_test` cap the numbers of training normals and of
     test images, keeping the classes' shares and, where possible, an image of each. `seed` None is the run's seed.
+    `val_share` of the training normals, at least 5, is held out.
     """
 
     contamination: Contamination = field(default_factory=Contamination)
@@ -133,6 +135,7 @@ class Split(ABC):
     max_test: int | None = None
     seed: int | None = None
     known: Known = field(default_factory=Known)
+    val_share: float = 0.1
 
     name: ClassVar[str]
     version: ClassVar[int] = 1
@@ -143,6 +146,8 @@ class Split(ABC):
             object.__setattr__(self, "contamination", Contamination(**self.contamination))
         if isinstance(self.known, Mapping):
             object.__setattr__(self, "known", Known(**self.known))
+        if not 0 < self.val_share < 1:
+            raise ValueError(f"split.val_share={self.val_share}: give a number between 0 and 1")
         if self.max_train is not None and self.max_train < FEWEST_NORMALS:
             raise ValueError(
                 f"max_train {self.max_train} is too small: give at least {FEWEST_NORMALS}, or null for all"
@@ -170,7 +175,11 @@ class Split(ABC):
                 f"{images.name} has {len(normals)} normal training images for {self.role} class {name!r}: "
                 f"at least {FEWEST_NORMALS} are needed"
             )
-        val = self._draw(images, normals, max(5, len(normals) // 10), "val", seed)
+        held_out = max(5, int(Fraction(str(self.val_share)) * len(normals)))  # exact: .29 of 100 are 29
+        if len(normals) - held_out < 5:
+            rest = f"{len(normals) - held_out} of {len(normals)}"
+            raise ValueError(f"split.val_share={self.val_share} leaves {rest} normals to train on: lower it")
+        val = self._draw(images, normals, held_out, "val", seed)
         normals = _without(normals, val)
         draw = f"contamination of {name}"
         added = self._anomalies(self.contamination, images, parts.train_anomalous, anomalous, draw, len(normals), seed)

@@ -508,6 +508,24 @@ def test_an_unreadable_image_is_named(tmp_path: Path, content: bytes | None) -> 
     assert leftovers(tmp_path) == []
 
 
+def test_all_unreadable_images_are_named_at_once_and_left_out_on_request(tmp_path: Path) -> None:
+    for name in "abcd":
+        paint(tmp_path / "images" / "a" / f"{name}.png")
+        paint(tmp_path / "images" / "b" / f"{name}.png")
+    for name in ("a/b.png", "b/d.png"):
+        (tmp_path / "images" / name).write_bytes(b"no image")
+    with one_line(
+        "2 of 8 images cannot be read: ", "a/b.png (", "b/d.png (", "or skip them with dataset.skip_broken=true"
+    ):
+        folder_of(tmp_path).load()
+    with pytest.warns(UserWarning, match=r"left out: 2 of 8 images cannot be read: .*b/d\.png"):
+        images = folder_of(tmp_path, skip_broken=True).load()
+    assert np.bincount(images.labels).tolist() == [3, 3]
+    assert folder_of(tmp_path, skip_broken=True).load().sha256 == images.sha256, "from the cache"
+    with one_line("2 of 8 images cannot be read"):
+        folder_of(tmp_path).load()  # which the cache of the others does not hide
+
+
 def test_sixteen_bit_images_are_refused_rather_than_clipped(tmp_path: Path) -> None:
     (tmp_path / "images" / "a").mkdir(parents=True)
     Image.fromarray(np.full((8, 8), 40_000, np.uint16)).save(tmp_path / "images" / "a" / "deep.png")

@@ -18,9 +18,10 @@ from conftest import Command
 from finished import Runs
 from PIL import Image
 
-from anomaly_lab import cli, datasets, files, predict, record, results, status
+from anomaly_lab import cli, files, pictures, predict, record, results, status
 from anomaly_lab.build import load_checkpoint
-from anomaly_lab.datasets import NPZ, ImageFolder, Images, open_image
+from anomaly_lab.datasets import NPZ, ImageFolder, Images
+from anomaly_lab.pictures import open_image
 
 # Bombs ----------------------------------------------------------------------------------------------------------------
 
@@ -34,7 +35,7 @@ def test_an_image_of_too_many_pixels_is_refused_before_it_is_decoded(tmp_path: P
 
 
 def test_an_image_of_as_many_pixels_as_there_may_be_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(datasets, "MOST_PIXELS", 64)
+    monkeypatch.setattr(pictures, "MOST_PIXELS", 64)
     Image.new("L", (8, 8), 7).save(tmp_path / "x.png")
     assert open_image(tmp_path / "x.png", "x.png", 1).shape == (1, 8, 8)
     Image.new("L", (8, 9), 7).save(tmp_path / "x.png")

@@ -260,6 +260,25 @@ def test_an_unreadable_image_is_named_and_nothing_is_written(made, pngs, tmp_pat
     assert not (tmp_path / "scores.csv").exists()
 
 
+def test_all_unreadable_images_are_named_and_left_out_on_request(made, pngs, tmp_path, capsys) -> None:
+    for path in (pngs[0], pngs[2]):
+        path.write_bytes(b"no image")
+    words = [str(made.out), *map(str, pngs), "--out", str(tmp_path / "scores.csv")]
+    assert cli.score(words) == 2 and not (tmp_path / "scores.csv").exists()
+    [line] = capsys.readouterr().err.splitlines()
+    assert f"2 of {len(pngs)} images cannot be read: {pngs[0]} (" in line and f"{pngs[2]} (" in line
+    assert line.endswith("or skip them with --skip-broken")
+    assert cli.score([*words, "--skip-broken"]) == 0
+    said = capsys.readouterr()
+    assert (
+        said.out == f"{len(pngs) - 2} images scored: {tmp_path / 'scores.csv'}\n" and said.err.count("left out: ") == 2
+    )
+    with open(tmp_path / "scores.csv") as file:
+        rows = list(csv.DictReader(file))
+    kept = [path for path in pngs if path not in (pngs[0], pngs[2])]
+    assert [row["image"] for row in rows] == [str(path) for path in kept]
+
+
 def test_a_folder_without_images_is_said(made, tmp_path, capsys) -> None:
     assert cli.score([str(made.out), str(tmp_path)]) == 2
     assert "no images (.bmp" in capsys.readouterr().err

@@ -326,6 +326,22 @@ def test_contamination_comes_from_the_classes_that_are_named(kind, classes, labe
     assert set(TOYS.labels[partition.train[partition.train_truth == 1]]) == labels
 
 
+@pytest.mark.parametrize(("share", "held_out"), [(0.1, 5), (0.29, 11), (0.5, 20), (0.7, 28)])
+def test_the_held_out_share_is_a_key(share, held_out):
+    partition = Official(val_share=share)(TOYS, 0, 0)
+    assert len(partition.val) == held_out and len(partition.train) == 40 - held_out
+    assert np.array_equal(partition.test, Official()(TOYS, 0, 0).test)
+    assert set(Official()(TOYS, 0, 0).val) <= set(partition.val), "drawn in one order"
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1, float("nan")])
+def test_a_share_is_between_0_and_1(share):
+    with pytest.raises(ValueError, match=r"split\.val_share=.*: give a number between 0 and 1"):
+        Official(val_share=share)
+    with pytest.raises(ValueError, match=r"split\.val_share=0\.9 leaves 4 of 40 normals to train on"):
+        Official(val_share=0.9)(TOYS, 0, 0)
+
+
 def test_contamination_keeps_its_rate_when_the_normals_are_capped():
     # 100 normals, 10 held out, and 10 of 100 training images are anomalous.
     many = image_set(dict.fromkeys(CLASSES, 200), dict.fromkeys(CLASSES, 20))
