@@ -89,11 +89,16 @@ def train() -> None:
             )
         if dry:
             sys.exit(sweep.dry_run(asked.overrides))
-        sys.argv += config.search_path()
+        flags = [word for word in sys.argv[1:] if word not in asked.overrides]
         hydra_main = main(config_path=str(config.CONFIG_DIR), config_name="train", version_base="1.3")(sweep.job)
+
+        def start(overrides: Sequence[str]) -> None:
+            sys.argv[1:] = [*flags, *overrides, *config.search_path()]
+            hydra_main()
+
         if asked.multirun:
-            sys.exit(sweep.make(hydra_main, asked.overrides))
-        hydra_main()
+            sys.exit(sweep.make(start, asked.overrides))
+        start(asked.overrides)
     except Terminated:
         print("terminated: the same command goes on after the last whole epoch", file=sys.stderr)
         raise

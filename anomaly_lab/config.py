@@ -220,12 +220,33 @@ def sweep(overrides: Sequence[str]) -> Sweep:
     return Sweep(Path(cfg.runs), dict(sweeper.params or {}), not sweeper._target_.endswith(".BasicSweeper"))
 
 
+def grids(overrides: Sequence[str]) -> list[list[str]]:
+    """The overrides of each grid of a multirun: one, or where several experiments are swept one of each.
+
+    An experiment may itself sweep ``experiment``: its runs are those of the experiments that it names.
+    """
+    parsed = OverridesParser.create().parse_overrides(overrides=list(overrides))
+    rest = [text for text, one in zip(overrides, parsed, strict=True) if one.get_key_element() != "experiment"]
+    named = [one for one in parsed if one.get_key_element() == "experiment"]
+    if named and named[-1].is_sweep_override():
+        each = ([*rest, f"experiment={name}"] for name in named[-1].sweep_string_iterator())
+        return [grid for one in each for grid in grids(one)]
+    own = sweep(overrides).grid if named else {}
+    if "experiment" in own:
+        return grids([*(f"{key}={value}" for key, value in own.items()), *rest])
+    return [list(overrides)]
+
+
 def jobs(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of every job of a multirun, in Hydra's order, an experiment's own grid included.
+    """The overrides of every job of a multirun, in Hydra's order, the experiments' own grids included.
 
     Raises:
         ValueError: the sweeper chooses its points itself.
     """
+    return [job for grid in grids(overrides) for job in _jobs(grid)]
+
+
+def _jobs(overrides: Sequence[str]) -> list[list[str]]:
     _, grid, chooses_points = sweep(overrides)
     if chooses_points:
         raise ValueError("this sweeper chooses its points while it runs: there is no list of them beforehand")

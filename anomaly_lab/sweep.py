@@ -40,16 +40,17 @@ JOURNAL = "ANOMALY_LAB_JOURNAL"
 """Environment variable, for a launcher's workers: the journal of the sweep they work for."""
 
 
-def make(hydra_main: Callable[[], None], overrides: Sequence[str]) -> int:
+def make(hydra_main: Callable[[Sequence[str]], None], overrides: Sequence[str]) -> int:
     """The multirun that ``overrides`` describe, as far as it is not made yet; the command's exit code.
 
     Args:
-        hydra_main: lets Hydra call `job` for every run of the command line.
+        hydra_main: lets Hydra call `job` for every run of the grid that overrides describe.
     """
     asked = config.sweep(overrides)
     try:
         with open_journal(asked.runs) as journal:
-            survive_killed_workers(hydra_main, journal)
+            for grid in [overrides] if asked.chooses_points else config.grids(overrides):
+                survive_killed_workers(functools.partial(hydra_main, grid), journal)
             jobs = journal.jobs() if asked.chooses_points else config.jobs(overrides)
     except OSError as error:
         if error.errno not in UNWRITABLE or asked.chooses_points or not _all_done(jobs := config.jobs(overrides)):
@@ -277,7 +278,8 @@ def _make_run(run: Job) -> dict[str, Any] | None:
 
 def _refuse_grid(experiment: str | None, grid: Mapping[str, Any] | None, given: Sequence[str]) -> None:
     """Without -m an experiment's grid would silently become one run of the defaults."""
-    missing = grid and [key for key in grid if not any(word.startswith(f"{key}=") for word in given)]
+    own = [word for word in given if not word.startswith("experiment=")]  # which a grid may be over
+    missing = grid and [key for key in grid if not any(word.startswith(f"{key}=") for word in own)]
     if missing:
         one = " ".join(f"{key}=..." for key in missing)
         raise ValueError(f"experiment={experiment} is a grid of runs: add -m, or ask for one of them with {one}")

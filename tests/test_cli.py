@@ -47,6 +47,7 @@ TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 
         ("'normal_class=range(0,3)'", "normal_class=range(0,3) asks for several runs: add -m"),
         ("normal_class=0,1", "normal_class=0,1 asks for several runs: add -m"),
         ("experiment=jia2022_mnist_small seed=0", "is a grid of runs: add -m, or ask for one of them with model=..."),
+        ("experiment=everything", "is a grid of runs: add -m, or ask for one of them with experiment=..."),
         ("--config-dir elsewhere", "go into the folder that ANOMALY_LAB_CONF names"),
         ("normal_class=ten", "no class 'ten': choose name or index among 0 (0), 1 (1)"),
         ("normal_class=10", "no class 10: choose"),
@@ -228,6 +229,27 @@ def test_a_dry_run_reads_an_experiments_grid(lab: Command) -> None:
         "--dry-run -m experiment=jia2022_mnist_small dataset=digits split=pooled 'normal_class=range(0,2)' model=ede"
     )
     assert lab(words).out.splitlines()[-1].startswith("2 runs: 0 done, 2 to do")
+
+
+def test_several_experiments_are_made_and_counted_as_one_sweep(
+    lab: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "own/experiment"
+    folder.mkdir(parents=True)
+    for name, params in {"floors": "{model: 'pca,knn'}", "mean": "{model: mean_image, normal_class: '0,1'}"}.items():
+        text = f"# @package _global_\nhydra: {{sweeper: {{params: {params}}}}}\n"
+        (folder / f"{name}.yaml").write_text(text)
+    monkeypatch.setenv(config.EXTRA_CONFIGS, str(folder.parent))
+    code, out, _ = lab("-m experiment=floors,mean trainer.progress=false")
+    *lines, count = out.splitlines()
+    rows = [(*line.split("  ")[:1], line.split("normal ")[1][0]) for line in lines]
+    assert (code, rows) == (0, [("pca", "0"), ("knn", "0"), ("mean_image", "0"), ("mean_image", "1")])
+    assert count == "4 runs: 4 done"
+    assert {json.loads(path.read_text())["experiment"] for path in Path("runs").rglob("result.json")} == {
+        "floors",
+        "mean",
+    }
+    assert lab("-m experiment=floors,mean --dry-run").out.splitlines()[-1].startswith("4 runs: 4 done, 0 to do")
 
 
 def test_help_shows_groups_and_commands_and_needs_nothing_heavy() -> None:

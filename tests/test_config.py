@@ -125,6 +125,25 @@ def test_the_command_line_replaces_a_part_of_an_experiments_grid() -> None:
     assert len(config.jobs(["experiment=jia2022_mnist", "seed=0", "model=ede"])) == 10
 
 
+def test_several_experiments_are_their_grids_one_after_another(users: Path) -> None:
+    (users.parent / "experiment").mkdir()
+    for name, params in {
+        "one": "{model: ede, seed: '0,1'}",
+        "two": "{model: 'pca,knn'}",
+        "both": "{experiment: 'one,two', normal_class: 1}",
+    }.items():
+        text = f"# @package _global_\nhydra: {{sweeper: {{params: {params}}}}}\n"
+        (users.parent / "experiment" / f"{name}.yaml").write_text(text)
+    one = [["model=ede", f"seed={seed}", "size=full", "experiment=one"] for seed in (0, 1)]
+    two = [[f"model={model}", "size=full", "experiment=two"] for model in ("pca", "knn")]
+    assert config.jobs(["experiment=one,two", "size=full"]) == [*one, *two]
+    assert config.grids(["experiment=one", "size=full"]) == [["experiment=one", "size=full"]]
+    named = config.jobs(["experiment=both", "size=full"])
+    assert [sorted(job) for job in named] == [sorted([*job, "normal_class=1"]) for job in [*one, *two]]
+    assert {len(config.jobs([f"experiment=both{words}"])) for words in (",one", ",two", ",both")} == {6, 8}
+    assert [cfg.choices.experiment for cfg in config.compose_all(named)] == ["one", "one", "two", "two"]
+
+
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_is_a_grid_of_distinct_runs(experiment: str) -> None:
     jobs = config.jobs([f"experiment={experiment}"])

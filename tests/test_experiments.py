@@ -58,3 +58,20 @@ def test_the_index_lists_every_page_and_every_experiment_has_a_command() -> None
         assert name in index, f"experiments/README.md does not list {name}"
     for page in PAGES:
         assert f"]({page.name}/README.md)" in index
+
+
+ELSEWHERE = {
+    *("piad", "piad_squeezenet", "piad_pixel_l1"),  # a download; half an hour a run
+    *("ede", "shared_ae_no_adversary", "shared_ae_printed"),  # the weights under which none learns: jia2022_mnist_small
+}
+
+
+def test_everything_has_every_method() -> None:
+    for half, own in (("mnist", "digits"), ("cifar10", "cifar10")):
+        jobs = config.jobs([f"experiment=everything_{half}", "normal_class=0"])
+        trained = {
+            word.removeprefix("model=").removesuffix(f"_{own}") for job in jobs for word in job if "model=" in word
+        }
+        names = {path.stem for path in (config.CONFIG_DIR / "model").glob("*.yaml")}
+        methods = {name for name in names if not re.search(r"_(cifar10|coil100|fashion)$", name)}
+        assert trained == methods - ELSEWHERE

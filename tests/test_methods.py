@@ -44,7 +44,7 @@ REDUCED = {
     *(f"{key}.{rest}" for key in ("optimizer", "optimizer.autoencoder", "optimizer.svdd") for rest in ("lr",)),
     *(f"{key}.milestones" for key in ("scheduler", "scheduler.autoencoder", "scheduler.svdd")),
     "scheduler.T_max",
-    "detector.warm_up",
+    *("detector.warm_up", "detector.flips", "budget.epoch_steps"),
     "detector.orders",
     "detector.inner",
     "detector.estimator_width",

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from anomaly_lab.adversarial import bce
+from anomaly_lab.adversarial import bce, refuse_fewer
 from anomaly_lab.detector import Batch, Detector
 from anomaly_lab.networks import DCGANDecoder, DCGANDiscriminator
 
@@ -59,9 +59,8 @@ class AnoGAN(Detector):
         feature_weight: float,
     ) -> None:
         super().__init__(image_shape)
-        for name, number, least in (("search_steps", search_steps, 0), ("starts", starts, 1)):
-            if type(number) is not int or number < least:
-                raise ValueError(f"model.detector.{name}={number}: give a whole number from {least}")
+        refuse_fewer(0, search_steps=search_steps)
+        refuse_fewer(1, starts=starts)
         if not 0 <= feature_weight <= 1:
             raise ValueError(f"model.detector.feature_weight={feature_weight}: choose a number from 0 to 1")
         channels, size, _ = image_shape

@@ -6,7 +6,7 @@ Legend of the shape comments: B images, C channels, S = image size, d = latent s
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,8 +16,6 @@ from torch.nn.utils.parametrizations import spectral_norm
 from anomaly_lab.adversarial import bce
 from anomaly_lab.detector import Batch, Detector
 from anomaly_lab.networks import DCGANDecoder, DCGANDiscriminator, DCGANEncoder, MovingAverage
-
-DiscriminatorTerm = Literal["feature", "cross_entropy"]
 
 
 class JointDiscriminator(nn.Module):
@@ -73,17 +71,11 @@ class Bidirectional(Detector):
     def follow(self) -> None:
         """Called at the end of every step."""
         for name, [network] in self.players().items():
-            average = self.averages[name]
-            assert isinstance(average, MovingAverage)
-            average.follow(network)
+            cast(MovingAverage, self.averages[name]).follow(network)
 
     def pairs(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """D_xz(x, E(x)) and D_xz(G(z), z), logits (B,) of images (B,C,S,S) and codes (B,d)."""
         return self.joint(x, self.encoder(x))[0], self.joint(self.generator(z), z)[0]
-
-    def sample(self, x: Tensor) -> Tensor:
-        """As many codes from the prior N(0, I) as there are images: (B,C,S,S) -> (B,d)."""
-        return self.randomness.normal(x, self.latent_size)
 
     def reconstruct(self, x: Tensor) -> Tensor:
         return self.averages["generator"](self.averages["encoder"](x))
@@ -123,21 +115,18 @@ class BiGAN(Bidirectional):
         latent_size: int,
         average: float,
         w_discriminator: float,
-        discriminator_term: DiscriminatorTerm,
+        discriminator_term: Literal["feature", "cross_entropy"],
     ) -> None:
         super().__init__(
             image_shape, width=width, units=units, dropout=dropout, latent_size=latent_size, average=average
         )
-        if discriminator_term not in get_args(DiscriminatorTerm):
-            choices = " and ".join(get_args(DiscriminatorTerm))
-            raise ValueError(f"model.detector.discriminator_term={discriminator_term}: choose one of {choices}")
         if not 0 <= w_discriminator <= 1:
             raise ValueError(f"model.detector.w_discriminator={w_discriminator}: choose a number from 0 to 1")
         self.w_discriminator, self.discriminator_term = w_discriminator, discriminator_term
         self.start_averages()
 
     def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
-        x, z = batch.x, self.sample(batch.x)
+        x, z = batch.x, self.randomness.normal(batch.x, self.latent_size)
         encoded, generated = self.pairs(x, z)
         yield {"joint": bce(encoded, 1) + bce(generated, 0)}
         yield {"generator": bce(self.joint(self.generator(z), z)[0], 1)}
@@ -192,36 +181,34 @@ class ALAD(Bidirectional):
         self.images = PairOfImages(image_shape[0], image_shape[1], max(width // 2, 1), dropout)
         self.codes = PairOfCodes(latent_size, dropout)
         for network in (self.encoder, self.joint, self.images, self.codes):
-            for layer in list(network.modules()):
-                if isinstance(layer, nn.Conv2d | nn.Linear):
-                    spectral_norm(layer)
+            for layer in [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]:
+                spectral_norm(layer)
         self.start_averages()
 
     def players(self) -> Mapping[str, Sequence[nn.Module]]:
         return {**super().players(), "images": [self.images], "codes": [self.codes]}
 
     def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
-        x, z = batch.x, self.sample(batch.x)
+        x, z = batch.x, self.randomness.normal(batch.x, self.latent_size)
         encoded, generated = self.pairs(x, z)
-        (same_x, cycled_x), (same_z, cycled_z) = self.cycles(x, z)
+        same_x, cycled_x, same_z, cycled_z = self.cycles(x, z)
         yield {
             "joint": bce(encoded, 1) + bce(generated, 0),
             "images": bce(same_x, 1) + bce(cycled_x, 0),
             "codes": bce(same_z, 1) + bce(cycled_z, 0),
         }
         x = self.next_batch().x
-        z = self.sample(x)
+        z = self.randomness.normal(x, self.latent_size)
         encoded, generated = self.pairs(x, z)
-        (same_x, cycled_x), (same_z, cycled_z) = self.cycles(x, z)
+        same_x, cycled_x, same_z, cycled_z = self.cycles(x, z)
         cycle = bce(same_x, 0) + bce(cycled_x, 1) + bce(same_z, 0) + bce(cycled_z, 1)
         yield {"generator": bce(generated, 1) + cycle, "encoder": bce(encoded, 0) + cycle}
         self.follow()
 
-    def cycles(self, x: Tensor, z: Tensor) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
-        """Logits (B,) of D_xx(x, x), D_xx(x, x^) and of D_zz(z, z), D_zz(z, z^)."""
+    def cycles(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Logits (B,) of D_xx(x, x), D_xx(x, x^), D_zz(z, z) and D_zz(z, z^)."""
         rebuilt, recoded = self.generator(self.encoder(x)), self.encoder(self.generator(z))
-        of_images = self.images(x, x)[0], self.images(x, rebuilt)[0]
-        return of_images, (self.codes(z, z), self.codes(z, recoded))
+        return self.images(x, x)[0], self.images(x, rebuilt)[0], self.codes(z, z), self.codes(z, recoded)
 
     def terms(self, x: Tensor) -> Mapping[str, Tensor]:
         rebuilt, discriminator = self.reconstruct(x), self.averages["images"]

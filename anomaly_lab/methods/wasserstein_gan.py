@@ -6,13 +6,13 @@ Legend of the shape comments: B images, C channels, S = image size, T starts of 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from anomaly_lab.adversarial import wgan_gp
+from anomaly_lab.adversarial import refuse_fewer, wgan_gp
 from anomaly_lab.detector import Batch, Detector
 from anomaly_lab.networks import DCGANDecoder, DCGANDiscriminator, DCGANEncoder, layer_norm
 
@@ -41,8 +41,7 @@ class WassersteinGAN(Detector):
         self, image_shape: Sequence[int], *, width: int, latent_size: int, critic_rounds: int, penalty: float
     ) -> None:
         super().__init__(image_shape)
-        if type(critic_rounds) is not int or critic_rounds < 1:
-            raise ValueError(f"model.detector.critic_rounds={critic_rounds}: give a whole number from 1")
+        refuse_fewer(1, critic_rounds=critic_rounds)
         channels, size, _ = image_shape
         self.latent_size, self.critic_rounds, self.penalty = latent_size, critic_rounds, penalty
         self.generator = DCGANDecoder(channels, size, width, latent_size, nn.ReLU())
@@ -102,9 +101,6 @@ class FAnoGAN(WassersteinGAN):
         super().__init__(
             image_shape, width=width, latent_size=latent_size, critic_rounds=critic_rounds, penalty=penalty
         )
-        if code_activation not in get_args(CodeActivation):
-            choices = ", ".join(get_args(CodeActivation))
-            raise ValueError(f"model.detector.code_activation={code_activation}: choose one of {choices}")
         channels, size, _ = image_shape
         self.kappa, self.code_activation = kappa, code_activation
         self.encoder = DCGANEncoder(channels, size, width, latent_size, tanh=False, norm=layer_norm)
@@ -182,9 +178,8 @@ class ADGAN(WassersteinGAN):
         super().__init__(
             image_shape, width=width, latent_size=latent_size, critic_rounds=critic_rounds, penalty=penalty
         )
-        for name, number, least in (("search_steps", search_steps, 0), ("starts", starts, 1)):
-            if type(number) is not int or number < least:
-                raise ValueError(f"model.detector.{name}={number}: give a whole number from {least}")
+        refuse_fewer(0, search_steps=search_steps)
+        refuse_fewer(1, starts=starts)
         self.search_steps, self.code_rate, self.weight_rate = search_steps, code_rate, weight_rate
         self.register_buffer("start", torch.randn(starts, latent_size))  # (T,d)
 
