@@ -1,4 +1,4 @@
-"""What a finished run's folder says of it, held to where it lies and to the scores beside it.
+"""What an ended run's folder says of it: its result, held to where it lies and to the scores beside it, or its failure.
 
 Imports nothing heavy: status reports and dry runs read hundreds of these.
 """
@@ -9,11 +9,13 @@ import hashlib
 import json
 import math
 import re
+import traceback
 from collections.abc import Iterator, Mapping
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from anomaly_lab.files import refuse_bomb
+from anomaly_lab.files import refuse_bomb, write_json
 
 IDENTITY = {"model": str, "dataset": str, "split": str, "normal_class": int, "seed": int, "changed": dict}
 """What makes a run the same run. ``normal_class`` is a class's index, or ``0+1`` or ``all`` of several (`SEVERAL`)."""
@@ -25,6 +27,9 @@ SHARES = (
     *("precision", "recall", "oracle_auroc", "oracle_shuffled_auroc", "oracle_sorted_auroc"),
 )
 """Metrics that lie between 0 and 1, or are None."""
+
+FAILURE = "failure.json"
+"""Why a run has no result; goes when it gets one."""
 
 
 def place(identity: Mapping[str, Any], role: str) -> Path:
@@ -99,6 +104,36 @@ def _faults(result: Mapping[str, Any]) -> Iterator[str]:
                 yield f"{name} is {value!r}"
             elif value is not None and name in SHARES and not 0 <= value <= 1:
                 yield f"{name} is {value}, which is not between 0 and 1"
+
+
+def write_failure(folder: Path, why: BaseException | str, **more: Any) -> None:
+    """Record in ``failure.json`` why a run ended without a result.
+
+    Args:
+        why: the exception, which is kept with its traceback; or one line, where none was raised.
+        more: further plain values of the file, such as the run's identity.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    if isinstance(why, str):
+        line, trace = why, ""
+    else:
+        line = " ".join(f"{type(why).__name__}: {why}".split())
+        trace = "".join(traceback.format_exception(why))
+    ended = datetime.now(UTC).isoformat(timespec="seconds")
+    write_json(folder / FAILURE, {**more, "error": line, "traceback": trace, "time": ended})
+
+
+def failure(folder: Path) -> str | None:
+    """The line of the ``failure.json`` in ``folder``; None where there is none."""
+    if not (folder / FAILURE).exists():
+        return None
+    try:
+        text = str(json.loads((folder / FAILURE).read_text(encoding="utf-8"))["error"]).strip()
+    except (ValueError, KeyError, TypeError, OSError):
+        return f"{FAILURE} cannot be read"
+    return text.splitlines()[0] if text else "no message"
 
 
 def refuse_misplaced(result: Mapping[str, Any], folder: Path) -> None:

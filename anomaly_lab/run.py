@@ -8,7 +8,6 @@ import logging
 import os
 import platform
 import time
-import traceback
 import warnings
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
@@ -87,9 +86,8 @@ def run(cfg: DictConfig | Job, callbacks: Sequence[Callback] = ()) -> dict[str, 
         except Exception as error:
             if not lock.kept():
                 raise  # nothing is written into somebody else's folder
-            failure = {"identity": job.identity, "error": " ".join(f"{type(error).__name__}: {error}".split())}
             try:
-                write_json(job.out / "failure.json", failure | {"traceback": traceback.format_exc(), "time": _now()})
+                record.write_failure(job.out, error, identity=job.identity)
             except OSError as second:
                 if not isinstance(error, OSError):  # else it says the same: the disk is full
                     log.warning("the failure itself cannot be recorded: %s", second)
@@ -195,7 +193,7 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback], lo
     tracker.watched(history)  # only now: no hook of the method can meet it in a logger
     draw(detector, data, measured.scores["score"], result, out / "figures")
     tracker.publish(result, out / "figures", measured.scores)  # before the run counts as done: a killed one repeats it
-    (out / "failure.json").unlink(missing_ok=True)  # of an earlier attempt; before, so that no finished run keeps one
+    (out / record.FAILURE).unlink(missing_ok=True)  # of an earlier attempt; before, so that no finished run keeps one
     write_json(out / "result.json", result)
     return result
 
@@ -250,7 +248,7 @@ def _fuse(job: Job, members: Sequence[Job], tracker: tracking.Tracker, lock: Loc
     }
     tracker.start([])
     tracker.publish(result, job.out / "figures", arrays)
-    (job.out / "failure.json").unlink(missing_ok=True)
+    (job.out / record.FAILURE).unlink(missing_ok=True)
     write_json(job.out / "result.json", result)
     return result
 

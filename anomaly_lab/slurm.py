@@ -12,13 +12,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import traceback
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from anomaly_lab.errors import FAILED, TERMINATED, flat
+from anomaly_lab import record
+from anomaly_lab.errors import FAILED, TERMINATED
 from anomaly_lab.files import write_json
 
 if TYPE_CHECKING:
@@ -130,9 +130,9 @@ def submit(
         jobs: list[Any] = executor.map_array(QueuedRun(make, code), *zip(*arguments, strict=True))
     except submitit.core.utils.FailedJobError as error:
         raise ValueError(f"Slurm does not take the jobs: {error}") from error
-    record = {"submitted": datetime.now(UTC).isoformat(timespec="seconds"), "git": code}
+    about = {"submitted": datetime.now(UTC).isoformat(timespec="seconds"), "git": code}
     for (folder, _), job in zip(runs, jobs, strict=True):
-        record_job(folder, {"job": job.job_id, "log": str(Path(job.paths.stderr).resolve())} | record)
+        record_job(folder, {"job": job.job_id, "log": str(Path(job.paths.stderr).resolve())} | about)
     return str(jobs[0].job_id).partition("_")[0]
 
 
@@ -161,13 +161,13 @@ class QueuedRun(NamedTuple):
         from anomaly_lab import config
 
         os.environ[config.SUBMITTED] = json.dumps(self.code)
-        before = _version(folder / "failure.json")
+        before = _version(folder / record.FAILURE)
         try:
             made = self.make(*arguments)
             _ = made.return_value  # raises what the run has raised
         except Exception as error:
-            if _version(folder / "failure.json") == before:  # it failed before the run began to record
-                _record_failure(folder, f"{type(error).__name__}: {flat(str(error))}", traceback.format_exc())
+            if _version(folder / record.FAILURE) == before:  # it failed before the run began to record
+                _record_failure(folder, error)
             raise
 
 
@@ -175,10 +175,9 @@ def _version(path: Path) -> int:
     return path.stat().st_mtime_ns if path.exists() else 0
 
 
-def _record_failure(folder: Path, line: str, trace: str = "") -> None:
-    failure = {"error": line, "traceback": trace, "time": datetime.now(UTC).isoformat(timespec="seconds")}
+def _record_failure(folder: Path, why: BaseException | str) -> None:
     try:
-        write_json(folder / "failure.json", failure)
+        record.write_failure(folder, why)
     except OSError as error:
         _say(f"the failure itself cannot be recorded: {error}")
 

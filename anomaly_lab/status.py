@@ -6,14 +6,13 @@ Imports nothing heavy, and asks Slurm at most once.
 from __future__ import annotations
 
 import functools
-import json
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from anomaly_lab import results, slurm
+from anomaly_lab import record, results, slurm
 from anomaly_lab.files import is_locked
 
 if TYPE_CHECKING:
@@ -78,15 +77,9 @@ def _status(runs: Path, path: str, queue: Callable[[], slurm.Queue | None]) -> S
         return Status("running", path, place.detail if place else "", place is not None)
     if place is not None:
         return Status("running" if place.running else "queued", path, place.detail, True)
-    if (folder / "failure.json").exists():
-        try:
-            failure = json.loads((folder / "failure.json").read_text(encoding="utf-8"))
-            text = str(failure["error"]).strip()
-        except (ValueError, KeyError, TypeError, OSError):
-            text = "failure.json cannot be read"
-        return Status("failed", path, text.splitlines()[0] if text else "no message")
-    if lost := slurm.lost(folder):
-        return Status("failed", path, lost)
+    why = record.failure(folder)
+    if why is not None or (why := slurm.lost(folder)):
+        return Status("failed", path, why)
     resumes = (folder / "last.ckpt").exists()
     return Status("interrupted", path, "resumes from last.ckpt" if resumes else "starts again")
 
@@ -101,7 +94,7 @@ def text(states: Sequence[Status]) -> str:
 
 def run_folders(runs: Path) -> Iterator[Path]:
     """The folders of runs under ``runs``: by what lies in them, or while still empty by their name, n8/s0 or a8/s0."""
-    marks = {"result.json", "failure.json", "last.ckpt", ".lock", slurm.JOB_FILE}
+    marks = {"result.json", record.FAILURE, "last.ckpt", ".lock", slurm.JOB_FILE}
     for folder, inner, files in os.walk(runs):
         inner.sort()
         path = Path(folder)

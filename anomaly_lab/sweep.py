@@ -27,7 +27,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 
-from anomaly_lab import config, slurm, status
+from anomaly_lab import config, record, slurm, status
 from anomaly_lab.config import Job
 from anomaly_lab.errors import DONE, FAILED, MISTAKE, Terminated, exit_code, explained, flat, ignore_pipe
 from anomaly_lab.files import UNWRITABLE, take_lock
@@ -234,7 +234,7 @@ def job(cfg: DictConfig) -> float | None:
         else:
             code = exit_code(error)
             if isinstance(error, HydraException) and run is not None:  # a method that could not be made
-                line += f"; traceback in {run.out / 'failure.json'}"
+                line += f"; traceback in {run.out / record.FAILURE}"
         if not sweep:
             print(f"anomaly-lab: error: {line}", file=sys.stderr)
             sys.exit(code)

@@ -203,8 +203,8 @@ ALLOWED = {
     "record": {"files"},
     "results": {"files", "record"},
     "scattering": set(),
-    "slurm": {"errors", "files"},
-    "status": {"files", "results", "slurm"},
+    "slurm": {"errors", "files", "record"},
+    "status": {"files", "record", "results", "slurm"},
     "tables": {"results"},
     "report": {"files", "results", "status", "tables"},
     "testing": {"batches", "build", "config", "data", "detector", "errors", "players", "switches"},
@@ -224,7 +224,7 @@ ALLOWED = {
         "tracking",
     }
     | {"turns"},
-    "sweep": {"config", "errors", "files", "slurm", "status"},
+    "sweep": {"config", "errors", "files", "record", "slurm", "status"},
 }
 TORCHLESS = {
     "files",
