@@ -6,7 +6,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-all soak bench bench-gpu lint format clean
+.PHONY: help install demo test test-slow test-ray test-all soak bench bench-gpu lint format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -25,7 +25,7 @@ demo: install ## train the default run on the embedded digits, then show the tab
 	$(BIN)/anomaly-lab-report runs
 
 test: install ## run the tests but the slow ones; real data in ANOMALY_LAB_DATA and a GPU are used where they are there
-	$(PYTEST) -m 'not slow'
+	$(PYTEST) -m 'not slow and not ray'
 
 # Marked slow: a real Slurm, processes that are killed, signals to real processes, launchers with worker processes,
 # several runs at a time to the bit, sizes of a method for other data sets, the notebook, a bare Lightning Trainer held to a run for all but one method of each kind, the
@@ -33,7 +33,16 @@ test: install ## run the tests but the slow ones; real data in ANOMALY_LAB_DATA 
 test-slow: install ## run the tests that `make test` leaves out
 	$(PYTEST) -m slow
 
-test-all: test test-slow ## run every test, each once
+# One process: a Ray and its workers are at work for each test.
+test-ray: $(BIN)/.ray ## run the tests that start a real Ray, and install it for them
+	$(BIN)/python -m pytest -m ray
+
+# A stamp of its own: 200 MB that nothing else needs.
+$(BIN)/.ray: $(BIN)/.installed
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
+	touch $@
+
+test-all: test test-slow test-ray ## run every test, each once
 
 soak: install ## kill sweeps 60 times and compare what they end with: docs/soak.md (a quarter of an hour)
 	$(BIN)/python tests/soak.py --kills 60 --commands 6 --out docs/soak.json --page docs/soak.md

@@ -7,9 +7,13 @@ imports nothing heavy. Options and defaults are in ``conf/hydra/launcher/``.
 from __future__ import annotations
 
 import functools
+import io
+import os
+import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,9 +24,9 @@ from hydra.plugins.launcher import Launcher
 from hydra.types import HydraContext, TaskFunction
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from anomaly_lab import config, slurm, status, sweep, turns
+from anomaly_lab import config, record, slurm, status, sweep, turns
 from anomaly_lab.config import Job
-from anomaly_lab.errors import sigterm_raises
+from anomaly_lab.errors import flat, sigterm_raises
 
 
 class _Planned(NamedTuple):
@@ -117,20 +121,91 @@ class ParallelLauncher(_Launcher):
 
 
 class RayLauncher(_Launcher):
-    """Ray's tasks, which may book fractions of a GPU."""
+    """Ray's tasks, which may book fractions of a GPU; one whose worker dies is made again by another.
 
-    def __init__(self, ray: DictConfig) -> None:
-        self._ray = OmegaConf.create(OmegaConf.to_container(ray, resolve=True))  # the plugin adds a key of its own
+    Not by way of hydra-ray-launcher: it wants a cloudpickle that joblib does not, and a worker that died too often
+    ends its whole sweep.
+    """
+
+    def __init__(self, init: DictConfig, remote: DictConfig) -> None:
+        self._init: Any = OmegaConf.to_container(init, resolve=True)
+        self._remote: Any = OmegaConf.to_container(remote, resolve=True)
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
         try:
-            from hydra_plugins.hydra_ray_launcher.ray_launcher import RayLauncher as Plugin
+            import ray
         except ModuleNotFoundError as error:
             raise ValueError("hydra/launcher=ray_shared needs an extra: pip install anomaly-lab[ray]") from error
-        plugin = Plugin(ray=self._ray)
-        plugin.setup(hydra_context=self.hydra_context, task_function=self.task_function, config=self.config)
-        returned: Sequence[JobReturn] = plugin.launch(job_overrides, initial_job_idx)
-        return returned
+        setup_globals()
+        planned = [self._plan(number, list(job)) for number, job in enumerate(job_overrides, initial_job_idx)]
+        if not any(one.job is not None for one in planned):
+            return [self._run(one) for one in planned]
+        if not ray.is_initialized():  # a search launches many times
+            self._start()
+        variables = {name: value for name, value in os.environ.items() if name.startswith("ANOMALY_LAB_")}
+        here = (os.getcwd(), variables, Singleton.get_state())
+        make = ray.remote(**self._remote)(_in_a_ray_worker)
+        with sigterm_raises():  # Ray has set a handler of its own
+            tasks = {make.remote(self, one._replace(job=None), *here): one for one in planned if one.job is not None}
+            answers, left = {}, list(tasks)
+            while left:
+                [task], left = ray.wait(left)
+                answers[tasks[task].number] = self._answer(tasks[task], task)
+            return [answers[one.number] if one.number in answers else self._run(one) for one in planned]
+
+    def _start(self) -> None:
+        import ray
+
+        given, alone = self._init, self._init["address"] == "local"
+        if alone:  # what Ray refuses where it only joins
+            given = {"include_dashboard": False, "object_store_memory": _RAY_STORE_BYTES} | given
+        ray.init(**given)
+        there = ray.cluster_resources()
+        for option, name in (("num_gpus", "GPU"), ("num_cpus", "CPU")):
+            wanted, most = self._remote[option] or 0, there.get(name, 0)
+            if alone and wanted > most:
+                ray.shutdown()
+                raise ValueError(
+                    f"hydra.launcher.remote.{option}={wanted:g} is more than Ray finds here ({most:g}): it would "
+                    f"wait for ever, give at most {most:g}"
+                )
+
+    def _answer(self, one: _Planned, task: Any) -> JobReturn:
+        """What became of a task that has ended; its process' words are printed."""
+        from ray import exceptions, get
+
+        made: JobReturn
+        try:
+            made, out, err = get(task)
+            print(err, end="", file=sys.stderr, flush=True)
+            print(out, end="", flush=True)
+            return made
+        except exceptions.RayTaskError:
+            raise  # a fault of ours, outside the run
+        except exceptions.RayError as error:
+            last = flat(str(error)).partition(". ")[0]
+            assert one.job is not None
+            line = f"its worker died, and so did those that tried it again (memory, as a rule): {last}"
+            record.write_failure(one.job.out, line)
+            print(f"failed: {one.job.out}: {line}", file=sys.stderr, flush=True)
+            return JobReturn(overrides=one.overrides, status=JobStatus.COMPLETED)
+
+
+_RAY_STORE_BYTES = 100_000_000  # for what tasks hand over, a configuration and a number; Ray would take 30 % of memory
+
+
+def _in_a_ray_worker(
+    launcher: RayLauncher, one: _Planned, folder: str, variables: Mapping[str, str], state: Any
+) -> tuple[JobReturn, str, str]:
+    """The run's return, and what was printed."""
+    os.chdir(folder)  # where a cluster's own processes were started is anywhere
+    os.environ.update(variables)
+    setup_globals()
+    Singleton.set_state(state)
+    # By way of Ray's logs lines come marked, late, and after the summary.
+    with redirect_stdout(io.StringIO()) as out, redirect_stderr(io.StringIO()) as err:
+        made = launcher._run(one)
+    return made, out.getvalue(), err.getvalue()
 
 
 # Slurm -------------------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,7 +30,7 @@ class Probe(Detector):
     """Writes down what its process sees, and waits until so many have done the same: they run side by side."""
 
     def before_fit(self, images):
-        here, wanted = Path(os.environ["PROBES"]), int(os.environ["PROBES_AT_ONCE"])
+        here, wanted = Path(os.environ["ANOMALY_LAB_PROBES"]), int(os.environ["ANOMALY_LAB_PROBES_AT_ONCE"])
         seen = {"gpu": os.environ.get("CUDA_VISIBLE_DEVICES"), "threads": torch.get_num_threads()}
         mine = here / f"{os.getpid()}-{seen['gpu']}.part"
         mine.write_text(json.dumps(seen))
@@ -66,13 +67,37 @@ class Gated(SharedAutoencoder):
     def plays(self, batch):
         gate = Path(os.environ["GATE"])
         while gate.exists() and self.taken >= int(gate.read_text()):
-            gate.with_suffix(".waits").touch()
+            gate.with_suffix(f".waits.{os.getpid()}").touch()
             time.sleep(0.05)
         self.taken += 1
+        with open(gate.with_suffix(".steps"), "a") as steps:
+            print(os.getpid(), file=steps)
         return super().plays(batch)
 '''
 GATED_MODEL = ["model.detector._target_=gated.Gated", "model.batch_size=96", *SMALL]
 """One step an epoch, on the digits."""
+
+
+DEADLY = '''
+import os, signal
+from anomaly_lab.detector import Detector
+
+class Deadly(Detector):
+    """Makes a run, raises, or takes its whole process along, as the kernel does where memory is out."""
+
+    def __init__(self, image_shape, *, mood):
+        super().__init__(image_shape)
+        self.mood = mood
+
+    def before_fit(self, images):
+        if self.mood == "raises":
+            raise RuntimeError("a fault")
+        if self.mood == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def score(self, x):
+        return x.mean((1, 2, 3))
+'''
 
 
 class Lab(NamedTuple):
@@ -113,7 +138,7 @@ class Lab(NamedTuple):
         (self.folder / "conf" / "model" / "probe.yaml").write_text(PROBE_YAML)
         (self.folder / "probe.py").write_text(PROBE)
         (self.folder / "probes").mkdir()
-        own = {"PROBES": str(self.folder / "probes"), "PROBES_AT_ONCE": str(at_once)}
+        own = {"ANOMALY_LAB_PROBES": str(self.folder / "probes"), "ANOMALY_LAB_PROBES_AT_ONCE": str(at_once)}
         return self._replace(environment={**self.environment, config.EXTRA_CONFIGS: str(self.folder / "conf"), **own})
 
     def probes(self) -> list[dict[str, Any]]:
@@ -122,6 +147,14 @@ class Lab(NamedTuple):
     def let_probes_go(self) -> None:
         """However many of them wait."""
         (self.folder / "probes" / "go on").touch()
+
+    def with_deadly(self) -> Lab:
+        """The same with ``model=deadly``, which ends as its ``model.detector.mood`` says."""
+        (self.folder / "conf" / "model").mkdir(parents=True)
+        yaml = PROBE_YAML.replace("probe.Probe", "deadly.Deadly, mood: fine")
+        (self.folder / "conf" / "model" / "deadly.yaml").write_text(yaml)
+        (self.folder / "deadly.py").write_text(DEADLY)
+        return self._replace(environment={**self.environment, config.EXTRA_CONFIGS: str(self.folder / "conf")})
 
     # Runs that wait for the test
 
@@ -133,21 +166,36 @@ class Lab(NamedTuple):
 
     def close_gate(self, steps: int) -> None:
         """Let processes that start from now on wait after so many steps."""
-        (self.folder / "gate.waits").unlink(missing_ok=True)
+        for process in self.waiting():
+            (self.folder / f"gate.waits.{process}").unlink()
         (self.folder / "gate.part").write_text(str(steps))
         (self.folder / "gate.part").rename(self.folder / "gate")
 
     def open_gate(self) -> None:
         (self.folder / "gate").unlink()
 
+    def waiting(self) -> list[int]:
+        """The processes that have reached the gate."""
+        return [int(path.suffix[1:]) for path in self.folder.glob("gate.waits.*")]
+
     def waits(self) -> bool:
         """Whether a run has reached the gate."""
-        return (self.folder / "gate.waits").exists()
+        return bool(self.waiting())
+
+    def steps(self) -> Counter[int]:
+        """How many steps each process has taken, by its number."""
+        path = self.folder / "gate.steps"
+        return Counter(map(int, path.read_text().split()) if path.exists() else ())
 
 
 def environment(data: Path, of: Mapping[str, str] = os.environ) -> dict[str, str]:
     hidden = ("CUDA_VISIBLE_DEVICES", config.EXTRA_CONFIGS, config.SUBMITTED)
     return {name: value for name, value in of.items() if name not in hidden} | {"ANOMALY_LAB_DATA": str(data)}
+
+
+def unlimited(data: Path) -> dict[str, str]:
+    """An environment that says nothing about threads."""
+    return {name: value for name, value in environment(data).items() if not name.endswith("_NUM_THREADS")}
 
 
 def until(condition: Callable[[], object], what: Callable[[], object] = str, seconds: float = 1500) -> None:

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 from conftest import Said
-from laboratory import PROBE_YAML, Lab, environment, until
+from laboratory import Lab, environment, unlimited, until
 from omegaconf import OmegaConf
 
-from anomaly_lab import cli, config
+from anomaly_lab import cli
 from hydra_plugins.anomaly_lab_launchers import ParallelLauncher, RayLauncher, SlurmLauncher
 
 
@@ -27,11 +27,6 @@ def lab_here(tmp_path: Path, data: Path) -> Callable[..., Said]:
         return Lab(tmp_path, environment(data) | variables)(*words)
 
     return command
-
-
-def unlimited(data: Path) -> dict[str, str]:
-    """An environment that says nothing about threads."""
-    return {name: value for name, value in environment(data).items() if not name.endswith("_NUM_THREADS")}
 
 
 @pytest.mark.slow
@@ -57,39 +52,12 @@ def test_the_parallel_launcher_deals_out_cores_and_gpus(
     assert {probe["threads"] for probe in lab.probes()} == {max(1, len(os.sched_getaffinity(0)) // 2)}
 
 
-DEADLY = '''
-import os, signal
-from anomaly_lab.detector import Detector
-
-class Deadly(Detector):
-    """Makes a run, raises, or takes its whole process along, as the kernel does where memory is out."""
-
-    def __init__(self, image_shape, *, mood):
-        super().__init__(image_shape)
-        self.mood = mood
-
-    def before_fit(self, images):
-        if self.mood == "raises":
-            raise RuntimeError("a fault")
-        if self.mood == "dies":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def score(self, x):
-        return x.mean((1, 2, 3))
-'''
-
-
 @pytest.mark.slow
 def test_a_worker_that_is_killed_takes_no_other_run_along(tmp_path: Path, data: Path) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs pip install 'anomaly-lab[parallel]'")
-    configs = tmp_path / "conf" / "model"
-    configs.mkdir(parents=True)
-    (tmp_path / "deadly.py").write_text(DEADLY)
-    (configs / "deadly.yaml").write_text(PROBE_YAML.replace("probe.Probe", "deadly.Deadly, mood: fine"))
-    own = {"OMP_NUM_THREADS": "1", config.EXTRA_CONFIGS: str(tmp_path / "conf")}
+    lab = Lab(tmp_path, environment(data) | {"OMP_NUM_THREADS": "1"}).with_deadly()
     moods = "model.detector.mood=dies,fine,raises,calm,merry"
-    words = ["-m", "hydra/launcher=parallel", "model=deadly", moods, "trainer.progress=false"]
-    code, out, err = Lab(tmp_path, environment(data) | own)(*words)
+    code, out, err = lab("-m", "hydra/launcher=parallel", "model=deadly", moods, "trainer.progress=false")
     assert code == cli.FAILED, out + err
     [counts] = re.findall(r"^5 runs: (.*)$", out, re.M)
     assert set(counts.split(", ")) == {"3 done", "1 failed", "1 interrupted"}, out + err
@@ -99,29 +67,26 @@ def test_a_worker_that_is_killed_takes_no_other_run_along(tmp_path: Path, data: 
     assert "in before_fit" in json.loads(failure.read_text())["traceback"]
 
 
-@pytest.mark.slow
-def test_ray_books_fractions_of_a_gpu(tmp_path: Path, data: Path) -> None:
-    pytest.importorskip("hydra_plugins.hydra_ray_launcher", reason="needs pip install 'anomaly-lab[ray]'")
-    lab = Lab(tmp_path, unlimited(data) | {"RAY_worker_niceness": "0"}).with_probe(at_once=2)
-    pretend = ["+hydra.launcher.ray.init.num_gpus=1", "+hydra.launcher.ray.init.num_cpus=2"]
-    grid = ["model=probe", "seed=0,1", "trainer.accelerator=cpu", "trainer.progress=false"]
-    said = lab("-m", "hydra/launcher=ray_shared", *pretend, *grid)
-    assert said.code == cli.DONE and "2 runs: 2 done\n" in said.out, said
-    assert lab.probes() == [{"gpu": "0", "threads": 1}] * 2, "two halves of one"
-
-
 @pytest.mark.parametrize(
     ("module", "launch", "extra"),
     [
-        ("hydra_joblib_launcher.joblib_launcher", lambda: ParallelLauncher(None, 1).launch([], 0), "parallel"),
-        ("hydra_ray_launcher.ray_launcher", lambda: RayLauncher(OmegaConf.create()).launch([], 0), "ray"),
-        ("hydra_submitit_launcher.submitit_launcher", lambda: SlurmLauncher(False, "jobs")._submit([]), "slurm"),
+        (
+            "hydra_plugins.hydra_joblib_launcher.joblib_launcher",
+            lambda: ParallelLauncher(None, 1).launch([], 0),
+            "parallel",
+        ),
+        ("ray", lambda: RayLauncher(OmegaConf.create(), OmegaConf.create()).launch([], 0), "ray"),
+        (
+            "hydra_plugins.hydra_submitit_launcher.submitit_launcher",
+            lambda: SlurmLauncher(False, "j")._submit([]),
+            "slurm",
+        ),
     ],
 )
 def test_a_launcher_without_its_extra_says_what_to_install(
     monkeypatch: pytest.MonkeyPatch, module: str, launch: Callable[[], object], extra: str
 ) -> None:
-    monkeypatch.setitem(sys.modules, f"hydra_plugins.{module}", None)
+    monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(ValueError, match=rf"needs an extra: pip install anomaly-lab\[{extra}\]"):
         launch()
 
