@@ -1,7 +1,8 @@
 """``python -m benchmarks cpu`` or ``gpu``: measure, write ``benchmarks/cpu.json`` or ``gpu.json``, then the page.
 
-With ``--only`` these sections alone are measured, and the others of the file stay as they are; the file says for every
-section when and with which code it was measured.
+With ``--only`` these sections alone are measured, or of a section the rows of one part (``training.aae``), and all else
+in the file stays as it is; the file says of every section, and of such a part, when, with which code and on how busy a
+machine it was measured.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import platform
 import time
 import warnings
+from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,9 @@ from anomaly_lab.files import write_whole
 
 SECTIONS = ("machine", "training", "peers", "counts", "scoring", "growth", "startup", "abreast")
 """Modules of `benchmarks`, each with ``measure(device, quick)``, in the order in which they are measured."""
+
+PARTS = {"training": "model", "growth": "what"}
+"""Sections of which one part can be measured alone, by the column that names it: ``measure(device, quick, part)``."""
 
 PACKAGES = ("torch", "lightning", "numpy", "anomalib", "pyod")
 
@@ -58,15 +63,28 @@ def _cpu() -> str:
     return f"{len(os.sched_getaffinity(0))} × {names[0]}" if names else platform.processor()
 
 
+def replaced(rows: Sequence[Mapping[str, Any]], column: str, part: str, new: Sequence[Any]) -> list[Mapping[str, Any]]:
+    """The rows with those of one part replaced, the first by the first and so on; further ones follow the last."""
+    places = [place for place, row in enumerate(rows) if row[column] == part]
+    merged, left = [], list(new)
+    for place, row in enumerate(rows):
+        if row[column] != part:
+            merged.append(row)
+        elif left:
+            merged.append(left.pop(0))
+        if place in places[-1:]:
+            merged += left
+    return merged
+
+
 @switches.resources()  # a run's threads and memory, for what is compared with it too
 def main() -> None:
     from benchmarks import page
 
     parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__.partition("\n")[0])
     parser.add_argument("device", choices=("cpu", "gpu"))
-    parser.add_argument(
-        "--only", nargs="+", metavar="NAME", choices=SECTIONS, help="these alone: " + ", ".join(SECTIONS)
-    )
+    names = [*SECTIONS, *(f"{section}.{column.upper()}" for section, column in PARTS.items())]
+    parser.add_argument("--only", nargs="+", metavar="NAME", default=SECTIONS, help="these alone: " + ", ".join(names))
     parser.add_argument("--quick", action="store_true", help="a smoke test of a few minutes: few pairs, small sizes")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder of the files")
     given = parser.parse_args()
@@ -74,17 +92,33 @@ def main() -> None:
         parser.error("no CUDA device here: python -m benchmarks cpu measures the CPU")
 
     path = given.out / f"{given.device}.json"
-    content: dict[str, Any] = json.loads(path.read_text()) if given.only and path.is_file() else {}
+    for name in given.only:
+        section, _, part = name.partition(".")
+        if section not in SECTIONS or (part and section not in PARTS):
+            parser.error(f"there is no {name} to measure: choose among {', '.join(names)}")
+    whole = given.only is SECTIONS
+    content: dict[str, Any] = json.loads(path.read_text()) if not whole and path.is_file() else {}
     measured = content.get("header", {}).get("measured", {})
-    for name in given.only or SECTIONS:
-        started = time.perf_counter()
+    for name in given.only:
+        section, _, part = name.partition(".")
+        started, load = time.perf_counter(), os.getloadavg()[0]
         print(f"{name} ...", flush=True)
-        content[name] = importlib.import_module(f"benchmarks.{name}").measure(given.device, given.quick)
+        measure = importlib.import_module(f"benchmarks.{section}").measure
+        if part:
+            there = content[section]
+            rows = there["rows"] if isinstance(there, Mapping) else there
+            found = measure(given.device, given.quick, part)
+            new = replaced(rows, PARTS[section], part, found["rows"] if isinstance(found, Mapping) else found)
+            content[section] = {**there, "rows": new} if isinstance(there, Mapping) else new
+        else:
+            content[section] = measure(given.device, given.quick)
+            measured = {key: about for key, about in measured.items() if not key.startswith(f"{section}.")}
         code = config.code()
         measured[name] = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - started),
             "threads": torch.get_num_threads(),
+            "load": round(load, 1),  # of the machine in the minute before: other processes, since this one only begins
             "quick": given.quick,
             "git_sha": code["sha"],
             "dirty": code["dirty"],

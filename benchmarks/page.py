@@ -282,6 +282,8 @@ def roofline(sections: Mapping[str, Any]) -> Figure | None:
 
 def growth(sections: Mapping[str, Any]) -> Figure | None:
     """Peak memory and time against number of images, image size and runs of one process; CIFAR-10 beside its limit."""
+    from matplotlib.ticker import MaxNLocator
+
     rows, _ = _section(sections, "growth")
     if not rows:
         return None
@@ -301,7 +303,7 @@ def growth(sections: Mapping[str, Any]) -> Figure | None:
             axes.legend(frameon=False, fontsize=8, loc="upper left")
         axes.set_ylim(0, 1.25 * max(row["peak_mb"] for row in of[kind]) if of[kind] else None)
     _line(panels[2], of["runs"], "runs", "resident_mb", NORMAL, "runs in one process", "memory held after it, MB")
-    panels[2].set_xticks([row["runs"] for row in of["runs"]])
+    panels[2].xaxis.set_major_locator(MaxNLocator(integer=True))
     panels[2].set_ylim(0, 1.25 * max([row["resident_mb"] for row in of["runs"]], default=1))
     for axes, kind, label, power in (
         (panels[3], "images", "training images", 1),

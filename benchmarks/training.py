@@ -172,9 +172,9 @@ def against_loops(
     ]
 
 
-def measure(device: str, quick: bool) -> list[Mapping[str, Any]]:
-    """Rows of `against_loops` for every method, at its published and at its small size."""
-    methods = ("shared_ae", "ganomaly", "aae") if quick else tuple(LOOPS)
+def measure(device: str, quick: bool, model: str | None = None) -> list[Mapping[str, Any]]:
+    """Rows of `against_loops` for every method (or one ``model``), at its published and at its small size."""
+    methods = (model,) if model else ("shared_ae", "ganomaly", "aae") if quick else tuple(LOOPS)
     pairs, seconds = (3, 0.1) if quick else (6, 0.5)
     contests = [(method, size) for size in (("small",) if quick else ("full", "small")) for method in methods]
     return [

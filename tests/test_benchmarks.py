@@ -278,3 +278,35 @@ def test_a_section_measured_alone_leaves_the_others_as_they_are(
         about["threads"] == threads for about in content["header"]["measured"].values()
     )
     assert written == [tmp_path, tmp_path]
+
+
+def test_a_part_measured_alone_takes_the_place_of_its_rows_and_says_when(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"model": name, "size": size, "ratio": 1} for size in ("full", "small") for name in ("ede", "aae", "itsr")]
+    about = {"training": {"git_sha": "before"}, "training.ede": {}}
+    (tmp_path / "cpu.json").write_text(json.dumps({"training": rows, "header": {"measured": about}}))
+    new = [{"model": "aae", "size": size, "ratio": 2} for size in ("full", "small")]
+    measured = types.SimpleNamespace(measure=lambda device, quick, part: new if part == "aae" else None)
+    monkeypatch.setitem(sys.modules, "benchmarks.training", measured)
+    page = types.SimpleNamespace(write=lambda folder: None)
+    monkeypatch.setitem(sys.modules, "benchmarks.page", page)
+    monkeypatch.setattr(benchmarks, "page", page, raising=False)
+    monkeypatch.setattr(sys, "argv", ["benchmarks", "cpu", "--only", "training.aae", "--out", str(tmp_path)])
+    main.main()
+    content = json.loads((tmp_path / "cpu.json").read_text())
+    assert [(row["model"], row["ratio"]) for row in content["training"]] == 2 * [("ede", 1), ("aae", 2), ("itsr", 1)]
+    found = content["header"]["measured"]
+    assert found["training"] == {"git_sha": "before"} and found["training.aae"]["load"] >= 0
+    for wrong in ("nothing", "peers.aae"):
+        monkeypatch.setattr(sys, "argv", ["benchmarks", "cpu", "--only", wrong, "--out", str(tmp_path)])
+        with pytest.raises(SystemExit):
+            main.main()
+        assert f"there is no {wrong} to measure: choose among" in capsys.readouterr().err
+
+
+def test_more_rows_of_a_part_than_before_follow_its_last_one() -> None:
+    rows = [{"what": "runs", "n": 1}, {"what": "size", "n": 2}, {"what": "runs", "n": 3}, {"what": "images", "n": 4}]
+    new = [{"what": "runs", "n": n} for n in (10, 20, 30)]
+    assert [row["n"] for row in main.replaced(rows, "what", "runs", new)] == [10, 2, 20, 30, 4]
+    assert [row["n"] for row in main.replaced(rows, "what", "runs", new[:1])] == [10, 2, 4]
