@@ -163,6 +163,20 @@ def test_the_candidates_with_the_largest_errors_come_back() -> None:
     assert made.repelled_index.tolist() == (worst + 100).tolist()
 
 
+@pytest.mark.parametrize("svm_sees", ["in_use", "all"])
+def test_a_round_takes_the_share_nu_of_the_images_that_its_svm_sees(svm_sees: str) -> None:
+    made, x = refinement().eval(), images(200)
+    made.nu, made.svm_sees = 0.1, svm_sees
+    made._images = Images(Batch(x, torch.arange(200)))  # type: ignore[assignment]
+    made._reject(1)
+    first = made.rejected_in.nonzero().squeeze(1).tolist()
+    assert 15 <= len(first) <= 25
+    made._reject(2)
+    assert (made.rejected_in == 1).nonzero().squeeze(1).tolist() == first, "the round is the one that found it first"
+    again = int((made.rejected_in == 2).sum())
+    assert again == 0 if svm_sees == "all" else 13 <= again <= 23, "the same encoder, the same images, the same outliers"
+
+
 class Images(NamedTuple):
     """The training images of a detector that no trainer fits."""
 
@@ -270,6 +284,7 @@ def test_stopped_anywhere_it_resumes_to_the_same_bits(
         (["model.budget.stages=5"], "give each stage its epochs"),
         (["model.detector.nu=1"], "nu=1: choose a share"),
         (["model.detector.retrain_quantile=80"], "retrain_quantile=80: choose a number from 0 to 1"),
+        (["model.detector.svm_sees=some"], "svm_sees=some: choose in_use or all"),
         (["model.detector.w_anomaly=0.1"], "w_anomaly=0.1: .* choose 0 or less"),
         (["model.budget.stages.detect=15"], "whole epochs for each of the 10 rounds, not 50 and 15"),
         (["+model.budget.stages.more=1"], "are pretrain, detect, retrain, in this order"),

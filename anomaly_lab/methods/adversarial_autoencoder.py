@@ -187,13 +187,15 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
     Each round rejects about the share nu of what is left, so ten rounds of 2 % reject about 18 % (1 - 0.98^10) of the
     images, however many of them are anomalies.
 
-    *Where the material is silent:* whether the SVM sees the rejected images again (here not: it would find the same
-    ones); the value of ``w_anomaly``; and what bounds a negatively weighted adversarial term, which has no minimum:
-    here it counts no further than ``adversarial_cap``.
+    *Where the material is silent:* whether the SVM sees the rejected images again (``svm_sees``; by default not, as it
+    finds mostly the same ones); the value of ``w_anomaly``; and what bounds a negatively weighted adversarial term,
+    which has no minimum: here it counts no further than ``adversarial_cap``.
 
     Args:
         rounds: rounds of detection; the epochs of the stage ``detect`` must be a multiple.
         nu: of the one-class SVM, the share of outliers in each round, in (0, 1).
+        svm_sees: the images on whose codes each round's SVM is fitted: those ``"in_use"``, or ``"all"``, the rejected
+            ones as well.
         retrain_quantile: of the candidates' errors, in [0, 1].
         w_anomaly: weight of the likeliest anomalies, at most 0; with 0 they stay out as the others do.
         adversarial_cap: largest value of an adversarial term with negative weight.
@@ -217,12 +219,15 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
         retrain_quantile: float,
         w_anomaly: float,
         adversarial_cap: float,
+        svm_sees: str = "in_use",
     ) -> None:
         super().__init__(image_shape, width=width, latent_size=latent_size, critic_width=critic_width)
         if type(rounds) is not int or rounds < 1:
             raise ValueError(f"rounds={rounds}: give a whole number from 1")
         if not 0 < nu < 1:
             raise ValueError(f"nu={nu}: choose a share between 0 and 1")
+        if svm_sees not in ("in_use", "all"):
+            raise ValueError(f"svm_sees={svm_sees}: choose in_use or all")
         if not 0 <= retrain_quantile <= 1:
             raise ValueError(f"retrain_quantile={retrain_quantile}: choose a number from 0 to 1")
         if w_anomaly > 0:
@@ -230,7 +235,7 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
         if adversarial_cap <= 0:
             raise ValueError(f"adversarial_cap={adversarial_cap}: give a number above 0")
         self.rounds, self.nu, self.retrain_quantile = rounds, nu, retrain_quantile
-        self.w_anomaly, self.adversarial_cap = w_anomaly, adversarial_cap
+        self.w_anomaly, self.adversarial_cap, self.svm_sees = w_anomaly, adversarial_cap, svm_sees
         self.register_buffer("repelled_index", torch.empty(0, dtype=torch.long))
 
     def plan(self, stages: Mapping[str, int]) -> None:
@@ -267,10 +272,12 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
         if number == 1:
             self.set_fitted("rejected_in", torch.zeros(len(training.x), dtype=torch.long, device=self.device))
             self.set_fitted("repelled", torch.zeros(len(training.x), dtype=torch.bool, device=self.device))
-        in_use = (self.rejected_in == 0).nonzero().squeeze(1)  # (M,)
-        codes = torch.cat([self.encoder(x) for x in training.x[in_use].split(1000)])  # (M,d)
+        in_use = self.rejected_in == 0  # (N,)
+        seen = (torch.ones_like(in_use) if self.svm_sees == "all" else in_use).nonzero().squeeze(1)  # (M,)
+        codes = torch.cat([self.encoder(x) for x in training.x[seen].split(1000)])  # (M,d)
         outlier = OneClassSVM(kernel="rbf", gamma="scale", nu=self.nu).fit_predict(codes.double().cpu().numpy()) < 0
-        self.rejected_in[in_use[torch.from_numpy(outlier).to(self.device)]] = number
+        found = seen[torch.from_numpy(outlier).to(self.device)]
+        self.rejected_in[found[in_use[found]]] = number
 
     def _repel(self) -> None:
         candidates = (self.rejected_in > 0).nonzero().squeeze(1)
