@@ -18,6 +18,7 @@ from anomaly_lab.batches import Batch, PlainLoader
 from anomaly_lab.build import make_data
 from anomaly_lab.detector import Detector
 from anomaly_lab.methods.convolutional_autoencoder import ConvolutionalAutoencoder
+from anomaly_lab.methods.deep_sad import DeepSAD
 from anomaly_lab.methods.deep_svdd import DeepSVDD, SoftBoundaryDeepSVDD, away_from_zero
 from anomaly_lab.methods.hrn import HRN
 from anomaly_lab.methods.robust_autoencoder import RobustAutoencoder
@@ -234,6 +235,17 @@ def test_the_radius_stays_zero_during_warm_up_and_then_follows_each_batch_from_b
     assert made.radius.item() == pytest.approx(distance.quantile(0.75).item(), rel=1e-4)
 
 
+def test_deep_sad_draws_images_to_the_centre_and_drives_known_anomalies_from_it() -> None:
+    made, x, known = svdd("deep_sad", "train", "model.detector.eta=2.5"), images(), torch.arange(8) % 3 == 1
+    assert isinstance(made, DeepSAD) and made.SEMI_SUPERVISED
+    squared = ((made.encoder(normal(made, x)) - made.centre) ** 2).sum(1)
+    (losses,) = made.plays(Batch(x, torch.arange(8), known=known))
+    torch.testing.assert_close(losses["svdd"], (squared[~known].sum() + (2.5 / (squared[known] + 1e-6)).sum()) / 8)
+    (none,) = made.plays(batch())
+    torch.testing.assert_close(none["svdd"], squared.mean())
+    assert moved(made) == [{"encoder"}] and moved(svdd("deep_sad", "pretrain")) == [{"encoder", "decoder"}]
+
+
 def test_before_there_is_a_centre_nothing_is_scored() -> None:
     assert svdd("deep_svdd", "pretrain").scored_after_fit
     assert not svdd("deep_svdd", "train").scored_after_fit
@@ -365,6 +377,7 @@ SHORT = {
     "denoising_ae": ["model.budget.epochs=4"],
     "deep_svdd": ["model.budget.stages={pretrain:3,train:2}"],
     "deep_svdd_soft": ["model.budget.stages={pretrain:3,train:2}", "model.detector.warm_up=1"],
+    "deep_sad": ["model.budget.stages={pretrain:3,train:2}", "split.known.rate=0.05", "split.known.classes=[7]"],
     "vae": ["model.budget.epochs=6"],
     "rda": ["model.budget.epochs=6", "model.detector.inner=3"],
 }
