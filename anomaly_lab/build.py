@@ -11,7 +11,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from hydra.utils import instantiate
 from lightning import Callback, LightningModule, Trainer
@@ -24,9 +23,8 @@ from tqdm import tqdm
 from anomaly_lab import config, turns
 from anomaly_lab.capture import Capture
 from anomaly_lab.config import Job
-from anomaly_lab.course import Diverged, Scored
 from anomaly_lab.data import OneClassData, Prepare
-from anomaly_lab.detector import Detector, scores
+from anomaly_lab.detector import Detector
 from anomaly_lab.features import FeatureStore
 from anomaly_lab.files import refuse_bomb, write_whole
 from anomaly_lab.players import Learning
@@ -108,7 +106,7 @@ def _stages(cfg: DictConfig) -> dict[str, int]:
 
 
 def _epochs(cfg: DictConfig, data: OneClassData) -> int:
-    """The budget in whole epochs; a budget of steps is rounded up. None for a method that takes no steps."""
+    """The budget in whole epochs; a budget of steps is rounded up. 0 for a method without an optimiser."""
     if cfg.model.optimizer is None:
         return 0
     budget, stages = cfg.model.budget, _stages(cfg)
@@ -137,7 +135,7 @@ def make_trainer(
     if type(every) is not int or every < 1:
         raise ValueError(f"trainer.checkpoint_every={every}: give a whole number of epochs from 1")
     last = _LastCheckpoint(job, every)
-    own: list[Callback] = [last, WatchTest(data if cfg.trainer.watch_test else None), _Turns()]
+    own: list[Callback] = [last, _Turns()]
     if cfg.trainer.progress:
         own.append(_Progress(title, data.steps))
     trainer = Trainer(
@@ -168,7 +166,7 @@ class _LastCheckpoint(Checkpoint):
 
     def __init__(self, job: Job, every: int) -> None:
         self._job, self._every = job, every
-        self._code = [config.code()]  # all that has trained this run, the last one now
+        self._code = [config.code()]  # every code version that trained this run, the present one last
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["identity"], checkpoint["settings"] = dict(self._job.identity), dict(self._job.settings)
@@ -188,50 +186,6 @@ class _LastCheckpoint(Checkpoint):
         if len(pl_module.course.history) % self._every == 0:
             # "Weights only" would drop the optimisers.
             trainer.save_checkpoint(self._job.out / "last.ckpt", weights_only=False)
-
-
-class WatchTest(Callback):
-    """The test AUROC after every epoch, for the figure beside the honest one; no method's hook sees it.
-
-    Args:
-        data: the data module of the run; None: nobody watches, and what was watched before a resume is kept.
-    """
-
-    def __init__(self, data: OneClassData | None) -> None:
-        self._auroc: dict[int, float] = {}  # by epoch
-
-        def look(detector: Detector) -> float:
-            assert data is not None
-            scored, loader = Scored(), data.loader("test").shuffled()
-            for batch in loader:
-                score, *_ = scores(detector, batch.x)
-                scored.update(score, batch.index, batch.truth)
-                turns.pass_on()
-            return scored.compute()["auroc"] if np.isfinite(scored.score).all() else math.nan
-
-        self._look = look if data is not None else None  # a closure: no attribute leads from here to the data
-
-    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        assert isinstance(pl_module, Detector)
-        if self._look is not None and pl_module.scorable and not trainer.sanity_checking:
-            epoch = int(pl_module.epochs_done) + 1
-            self._auroc[epoch] = self._look(pl_module)
-            if math.isnan(self._auroc[epoch]):
-                raise Diverged(f"training diverged: a score is not finite at epoch {epoch}; lower the learning rate")
-
-    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        assert isinstance(pl_module, Detector)
-        history = pl_module.course.history
-        whole = self._look is not None or (bool(history) and all(int(row["epoch"]) in self._auroc for row in history))
-        checkpoint["watched"] = {"whole": whole, "auroc": dict(self._auroc)}
-
-    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        self._auroc = dict(checkpoint["watched"]["auroc"])
-
-    def joined(self, history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
-        """The rows of ``history`` with ``oracle_auroc`` where it was recorded."""
-        seen = {epoch: {"oracle_auroc": auroc} for epoch, auroc in self._auroc.items()}
-        return [{**row, **seen.get(int(row["epoch"]), {})} for row in history]
 
 
 class _Turns(Callback):
@@ -290,7 +244,7 @@ class _Progress(Callback):
 
 
 def write_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
-    """Write ``checkpoint`` beside its place, then rename it. Lightning's own go through TMPDIR, often another disk."""
+    """Write ``checkpoint`` atomically: Lightning stages its own in TMPDIR, often on another file system."""
     # In memory first: torch's writer would turn a full disk into an error of its own that says nothing.
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
@@ -321,7 +275,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         for name, tensor in checkpoint["state_dict"].items():
             if tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
                 raise ValueError(f"{name} has {tensor.numel()} numbers, of which it holds a part only")
-    # zipfile and torch raise BadZipFile, RuntimeError, UnpicklingError, EOFError, KeyError, ... as the damage wants it.
+    # zipfile and torch raise BadZipFile, RuntimeError, UnpicklingError, EOFError, ..., depending on the damage.
     except Exception as error:
         if isinstance(error, OSError):
             raise

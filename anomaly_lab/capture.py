@@ -66,7 +66,7 @@ class CUDAGraph:
         torch.cuda.current_stream().wait_stream(self._stream)
 
     def capture(self, step: Callable[[], None]) -> None:
-        # cuBLAS keeps a workspace a stream, and Lightning frees all of the process's wherever a run begins or ends. So
+        # cuBLAS keeps one workspace per stream, and Lightning frees all of the process's where a run begins or ends. So
         # the step's workspace must be allocated, and stay, in the graph's own memory.
         torch._C._cuda_clearCublasWorkspaces()
         try:

@@ -1,4 +1,4 @@
-"""The console commands: what they are given on the command line. Heavy imports stay inside the functions, so that
+"""Console commands: argument parsing, error lines and exit codes. Heavy imports stay inside the functions, so that
 ``--help`` answers at once."""
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def _read_in_part(command: Command) -> Command:
-    """The command, whose output may go to a reader that leaves early, such as ``| head``."""
+    """Wrap a command: a closed output pipe (``| head``) ends it without a traceback."""
 
     @functools.wraps(command)
     def safe(*arguments: Any) -> Any:
@@ -121,7 +121,7 @@ def _mistake(program: str, line: str, code: int = MISTAKE) -> int:
 
 @_read_in_part
 def data(argv: Sequence[str] | None = None) -> int:
-    """``anomaly-lab-data download|list|check``: the data sets' caches, where there is a network to fetch them."""
+    """``anomaly-lab-data download|list|check``: list, download and verify the data sets' caches."""
     parser = argparse.ArgumentParser(
         prog="anomaly-lab-data",
         description="Fetch, list and verify data sets. They lie in data_dir: ANOMALY_LAB_DATA, else ./data.",
@@ -186,7 +186,7 @@ def _data_line(command: str, name: str, overrides: Sequence[str]) -> str:
     if command == "download":
         return f"{name}: ready in {dataset.download()}"
     state = "ready" if dataset.cache.exists() else "not there"
-    advice = "" if dataset.cache.exists() else f"  anomaly-lab-data download {name}"
+    advice = "" if dataset.cache.exists() else f"  {dataset.how_to_get}"
     return f"{name:<16}{state:<11}{dataset.cache}{advice}"
 
 
@@ -217,7 +217,7 @@ def report(argv: Sequence[str] | None = None) -> int:
         "--verify", action="store_true", help="compute every run's metrics anew from its scores; leave out what differs"
     )
     parser.add_argument(
-        "--status", action="store_true", help="list running, queued, failed, interrupted and missing runs"
+        "--status", action="store_true", help="list the state of every run; with --experiment the missing ones as well"
     )
     parser.add_argument(
         "--prune",

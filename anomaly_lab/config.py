@@ -66,7 +66,7 @@ LATER = {
 """Keys that came after the first committed results, with the value at which a run is what it was without them."""
 
 NAMES_OF_RUNS = ("normal_class", "abnormal_class", "seed")
-"""Keys at the top of train.yaml that no other part of a configuration is chosen by."""
+"""Top-level keys that name a run and choose no config group; jobs that differ in these alone are composed once."""
 
 SMALL = "_small"
 """Ends the name of a run's model where its size is reduced: in folders, in tables, in every committed result."""
@@ -160,7 +160,7 @@ def compose_all(jobs: Iterable[Sequence[str]]) -> Iterator[DictConfig]:
         rest = tuple(word for word, named in zip(job, names, strict=True) if not named)
         parsed = parser.parse_overrides([word for word, named in zip(job, names, strict=True) if named])
         if any(override.is_sweep_override() for override in parsed):
-            yield compose(job)  # which says what is wrong with it
+            yield compose(job)  # it raises, and names the override
             continue
         if rest not in composed:
             composed[rest] = compose(rest)
@@ -359,7 +359,7 @@ def model_name(cfg: DictConfig) -> str:
 def settings(cfg: DictConfig) -> dict[str, Any]:
     """Every key that can change a result with its value, and the checksum of the images: kept with what was made.
 
-    Of a run that is made of others, theirs as well.
+    A fused run's settings include its members', prefixed with their names.
     """
     own = _identity_keys(cfg) | {"images": load_images(cfg).sha256}
     for member in members(cfg):
@@ -506,7 +506,8 @@ class Job:
     ``normal_class`` is an index; of several classes ``"0+1"``, or ``"all"``.
     """
     out: Path
-    """``<runs>/<model>/<dataset>/<split>/n<class>/s<seed>``, with a hash of what was changed where anything was."""
+    """``<runs>/<model>/<dataset>/<split>/n<class>/s<seed>`` (``a<class>`` for an abnormal class), with a hash of what
+    was changed where anything was."""
 
     @property
     def split(self) -> Split:
@@ -552,7 +553,7 @@ class Job:
         """The run's ``result.json``; None where it is still to be made.
 
         Raises:
-            ValueError: the file is damaged, or made from other defaults than today's.
+            ValueError: the file is damaged, of another run, or made from other defaults than today's.
         """
         path = self.out / "result.json"
         if not path.is_file():
@@ -561,14 +562,19 @@ class Job:
         self.refuse_other_run(result["identity"], path)
         try:
             settings_then = result["settings"]
-            watched = result["config"]["trainer"]["watch_test"] or result["metrics"]["oracle_auroc"] is not None
+            then, found = result["config"]["trainer"], result["metrics"]
+            watched = then["watch_test"] or found["oracle_auroc"] is not None
+            # Both after every epoch; a method that is scored only after its fit has neither.
+            both = then["watch_test"] and then["measure_leak"]
+            together = both or found.get("oracle_sorted_best_auroc") is not None
         except (KeyError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): delete it and run again") from error
         self.refuse_other_settings(settings_then)
-        # These change no score, so they are no part of the identity; but what was not looked at must be made.
+        # They change no score, so are no part of the identity; but a metric asked for and not recorded must be made.
         unwatched = self.cfg.trainer.watch_test and not watched
-        unmeasured = self.cfg.trainer.measure_leak and "oracle_sorted_auroc" not in result["metrics"]
-        return None if unwatched or unmeasured else result
+        unmeasured = self.cfg.trainer.measure_leak and "oracle_sorted_auroc" not in found
+        apart = self.cfg.trainer.watch_test and self.cfg.trainer.measure_leak and not together
+        return None if unwatched or unmeasured or apart else result
 
 
 def _named(cfg: DictConfig) -> int | str:

@@ -55,8 +55,7 @@ class Scored(Metric):
         decided: Tensor | None = None,
         terms: Mapping[str, Tensor] | None = None,
     ) -> None:
-        """Scores float32 (B,) of the images at ``index`` (B,), what they are, what the method's own rule says, and the
-        score's terms."""
+        """Append a batch: scores float32 (B,), data-set indices (B,), truth, the method's own decisions, the terms."""
         self._score.append(score.detach())
         self._index.append(index)
         self._names = tuple(terms or ())

@@ -180,7 +180,7 @@ class EpochImages:
     """The training images, in the order of one epoch after another: `anomaly_lab.batches.TrainingImages`.
 
     The order of an epoch depends on ``seed`` and its number alone: a resumed run sees what it would have seen.
-    Incomplete batches are left out, unless there is no other (batch norm needs company).
+    Incomplete batches are dropped unless the epoch has no other (batch norm needs at least two images).
 
     Args:
         epoch_steps: an epoch has at least so many steps, see `OneClassData`.
@@ -216,7 +216,7 @@ class EpochImages:
             yield from self._order_of(stream)
 
     def _order_of(self, stream: int) -> list[Tensor]:
-        """Of each batch of the epoch the places (B,) of its images: the training order, or one of its own from 1 on."""
+        """Positions (B,) of each batch of the epoch: stream 0 is the training order, the others are independent."""
         # A stream of its own for every epoch, independent of validation passes and resumes.
         entropy = [self._seed, self._epoch - 1, stream] if stream else [self._seed, self._epoch - 1]
         state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
@@ -317,7 +317,7 @@ class OneClassData(LightningDataModule):
         )
         self._seed = seed
         self.device: torch.device | None = None
-        """Where batches are wanted; None: where the trainer of this module works, or on the CPU without one."""
+        """Device of the batches; None: the trainer's device, or the CPU without a trainer."""
         self._features = None if prepare.features is None else features or FeatureStore(images, prepare, None, 0)
         self._as_seen: Callable[[Tensor], Tensor] = prepare if self._features is None else as_stored
         self._parts: dict[tuple[Part, torch.device], tuple[Tensor, Tensor]] = {}
@@ -358,7 +358,7 @@ class OneClassData(LightningDataModule):
         return self.loader("test")
 
     def fitting(self, device: torch.device) -> Closed:
-        """The training images and the held-out normals, and no way to a label or a test image."""
+        """The training images and the held-out normals: no test image, and no label unless made with ``labels``."""
         self.device = device
         return Closed(train=self.train_dataloader(), val=self.val_dataloader())
 

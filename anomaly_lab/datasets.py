@@ -174,6 +174,11 @@ class Dataset(ABC):
         overrides = [f"dataset.{key}={value}" for key, value in given.items() if value != defaults[key]]
         return shlex.join(["anomaly-lab-data", "download", self.config, *overrides])
 
+    @property
+    def how_to_get(self) -> str:
+        """What to do where the cache is not there."""
+        return f"run `{self.download_command}`"
+
     def load(self) -> Images:
         images = self._cached()
         return self._make() if images is None else images
@@ -188,7 +193,7 @@ class Dataset(ABC):
         """Recompute the cache's checksum; one line about its contents, ValueError where absent or damaged."""
         images = self._cached()
         if images is None:
-            raise ValueError(f"{self.cache} is not there or is stale: run `{self.download_command}`")
+            raise ValueError(f"{self.cache} is not there or is stale: {self.how_to_get}")
         self._hold_to_checksum(images)
         shape = "x".join(str(n) for n in images.pixels.shape[1:])
         tested = int(images.is_test.sum())
@@ -588,6 +593,10 @@ class NPZ(Dataset):
     @property
     def cache(self) -> Path:
         return Path(self.path).expanduser()
+
+    @property
+    def how_to_get(self) -> str:
+        return "put a file of the format in docs/datasets.md there"
 
     def decode(self) -> Images:
         raise ValueError(

@@ -46,7 +46,7 @@ def sigterm_raises() -> Iterator[None]:
 
 
 def ignore_pipe(stream: IO[str]) -> None:
-    """Send what is printed from now on nowhere: whoever read it has left (``| head``), and the work goes on."""
+    """Redirect ``stream`` to /dev/null once its reader has closed the pipe (``| head``), so that the work goes on."""
     os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 

@@ -42,7 +42,7 @@ class FeatureStore:
     Args:
         prepare: stored pixels uint8 (B,C,H,W) on the device -> features float32 (B,F,h,w), float16 numbers.
         root: the folder of the folders; None keeps nothing.
-        limit: bytes that all folders below ``root`` may hold; those that were not used for longest are removed first.
+        limit: bytes that all folders below ``root`` may hold; the least recently used are removed first.
     """
 
     def __init__(self, images: Images, prepare: Callable[[Tensor], Tensor], root: Path | None, limit: float) -> None:
@@ -85,7 +85,7 @@ class FeatureStore:
         folder = self._root / f"{self._images.name}-{digest[:16]}"
         if folder.is_dir():
             try:
-                os.utime(folder)  # used last
+                os.utime(folder)  # mark as most recently used
             except OSError:
                 log.debug("%s belongs to somebody else", folder)
         return folder
@@ -117,7 +117,7 @@ class FeatureStore:
         return True
 
     def _make_room(self, folder: Path, needed: int) -> bool:
-        """Remove folders that were not used for long until ``needed`` bytes more are within the limit."""
+        """Remove the least recently used folders until ``needed`` bytes more are within the limit."""
         assert self._root is not None
         folders = [path for path in self._root.iterdir() if path.is_dir()] if self._root.is_dir() else []
         sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in folders}
@@ -134,7 +134,7 @@ class FeatureStore:
         if folder is not None:
             path = _file(folder, block)
             try:
-                with np.load(path, allow_pickle=False) as file:  # which compares the checksum
+                with np.load(path, allow_pickle=False) as file:  # zipfile verifies the CRC-32
                     features = torch.from_numpy(file["features"])
                 if features.dtype == torch.float16 and len(features) == count:
                     return features

@@ -94,7 +94,7 @@ def score_histogram(score: np.ndarray, truth: np.ndarray, threshold: float | Non
 
 
 def training_curves(history: Sequence[Mapping[str, Any]], title: str = "") -> Figure:
-    """Curves of one training: every `loss_*`, `val_score`, and `oracle_auroc` where it was recorded.
+    """Curves of one training: every `loss_*`, `val_score`, and every `oracle_*` that was recorded.
 
     `history` holds a dict an epoch with the key `epoch`; an entry may lack keys (stages of a training differ).
     """
@@ -102,7 +102,7 @@ def training_curves(history: Sequence[Mapping[str, Any]], title: str = "") -> Fi
     drawn = {
         "losses": [key for key in keys if key.startswith("loss_")],
         "val_score: mean score of held-out normals": [key for key in keys if key == "val_score"],
-        "oracle (looks at test labels)": [key for key in keys if key == "oracle_auroc"],
+        "oracle (looks at test labels)": [key for key in keys if key.startswith("oracle_")],
     }
     panels = [(heading, names) for heading, names in drawn.items() if names]
     figure, first = _figure(4.3 * max(1, len(panels)), 3.5)
@@ -124,11 +124,11 @@ def training_curves(history: Sequence[Mapping[str, Any]], title: str = "") -> Fi
             marker = MARKERS[number % len(MARKERS)] if len(epoch) <= 30 else None
             style: dict[str, Any] = {"color": colour, "linewidth": 1.6, "marker": marker, "markersize": 4}
             axes.plot(epoch, value, label=key.removeprefix("loss_"), **style)
-        if names == ["oracle_auroc"]:
+        if names[0].startswith("oracle_"):
             axes.set_ylabel("AUROC on the test set")
         elif finite and min(finite) > 0 and max(finite) > 30 * min(finite):
             axes.set_yscale("log")
-        if heading == "losses":
+        if heading == "losses" or len(names) > 1:
             axes.legend(frameon=False, fontsize=8, ncols=1 if len(names) < 5 else 2)
         _title(axes, heading, 46)
         axes.set_xlabel("epoch")

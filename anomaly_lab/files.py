@@ -26,10 +26,10 @@ UNWRITABLE = {
 
 
 def write_whole(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let ``write`` fill a neighbour of ``path``, then rename it; the folder is made where it is missing.
+    """Write ``path`` atomically: ``write`` fills a temporary file in the same folder, which is flushed and renamed.
 
-    The neighbour's name is unique, for processes on several machines may write the same file. `remove_parts` removes
-    what a killed process leaves.
+    Missing parent folders are created. The temporary name is unique, for processes on several machines may write the
+    same file. `remove_parts` removes what a killed process leaves.
 
     Raises:
         OSError: it cannot be written; names ``path``, whose content is unchanged.
@@ -82,7 +82,7 @@ def refuse_bomb(path: Path, most: float = 50) -> None:
 
 def cell(text: str) -> str:
     """``text`` as a spreadsheet shows it: one that begins like a formula gets an apostrophe, or it would be run."""
-    text = text.replace("\r", " ")  # which csv would leave bare: another line to some readers
+    text = text.replace("\r", " ")  # csv does not quote a bare CR; some readers take it for a line break
     return f"'{text}" if text.startswith(FORMULAS) else text
 
 
@@ -147,7 +147,7 @@ class Lock(NamedTuple):
     file: IO[Any]
 
     def kept(self) -> bool:
-        """Whether it still is the folder's: whoever removes a folder takes the lock's file out of everybody's sight."""
+        """Whether ``path`` is still the locked file (same inode); False once the folder was removed or replaced."""
         try:
             return os.path.samestat(os.stat(self.path), os.fstat(self.file.fileno()))
         except FileNotFoundError:

@@ -5,6 +5,7 @@ Legend of the shape comments: M test images, B images in a batch, C channels, S 
 
 from __future__ import annotations
 
+import math
 import resource
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,12 +13,13 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from lightning import Callback, LightningModule, Trainer
 from torch import nn
 
-from anomaly_lab import figures, metrics
+from anomaly_lab import figures, metrics, turns
 from anomaly_lab.build import make_networks
 from anomaly_lab.config import Job
-from anomaly_lab.course import Diverged
+from anomaly_lab.course import Diverged, Scored
 from anomaly_lab.data import OneClassData
 from anomaly_lab.detector import Detector, scores
 from anomaly_lab.errors import RunFailed
@@ -31,6 +33,10 @@ sums in another order, which a search at test time amplifies, move a score by le
 
 HARDLY_BEGUN = 100
 """Steps before which reconstructions may be identical: initial weights of 0.02 make them so until they have grown."""
+
+
+ORACLES = ("oracle_auroc", "oracle_sorted_auroc")
+"""What looks at test labels after every epoch, where it is asked for: `WatchTest`."""
 
 
 class Measured(NamedTuple):
@@ -53,7 +59,7 @@ def measure(job: Job, detector: Detector, data: OneClassData, history: Sequence[
     """Measure the scores of the detector's last pass over ``data``; with ``trainer.measure_leak`` it scores anew.
 
     Args:
-        history: a row an epoch, with ``oracle_auroc`` where it was recorded.
+        history: a row an epoch, with `ORACLES` where they were recorded.
 
     Raises:
         Diverged: training collapsed: all images have the same score or the same reconstruction.
@@ -68,11 +74,12 @@ def measure(job: Job, detector: Detector, data: OneClassData, history: Sequence[
     refuse_company(detector, data, score)
     decided = None if scored.test.decided is None else scored.test.decided[at]
     terms = {name: term[at] for name, term in scored.test.terms.items()}
-    watched = [row["oracle_auroc"] for row in history if "oracle_auroc" in row]
+    best = {name: max((row[name] for row in history if name in row), default=None) for name in ORACLES}
     found, kinds = of_scores(job, data, val_score, score, decided)
-    found["oracle_auroc"] = max(watched, default=None)
+    found["oracle_auroc"] = best["oracle_auroc"]
     if trainer.measure_leak:
         found |= batch_norm_leak(detector, data)
+        found["oracle_sorted_best_auroc"] = best["oracle_sorted_auroc"]
     rows, sets = _rejected(detector, data)
     return Measured(
         found,
@@ -105,7 +112,7 @@ def of_scores(
 
 
 def refuse_company(detector: Detector, data: OneClassData, score: np.ndarray) -> None:
-    """Score `ALONE` test images one by one: what differs from ``score`` (M,) looked at its batch.
+    """Score `ALONE` test images one at a time and raise if a score depends on the rest of its batch.
 
     Raises:
         NotOfOneImage: a score moves by more than `COMPANY` of the spread of all of them.
@@ -236,7 +243,7 @@ def batch_norm_leak(detector: Detector, data: OneClassData) -> dict[str, float]:
             layer.track_running_stats = False  # they stay as they are
         for name, order in (("oracle_shuffled_auroc", mixed), ("oracle_sorted_auroc", by_truth)):
             batches = list(order.to(loader.pixels.device).split(data.batch_size))
-            if len(batches) > 1 and len(batches[-1]) == 1:  # of which there are no statistics
+            if len(batches) > 1 and len(batches[-1]) == 1:  # a single image has no batch statistics
                 batches[-2:] = [torch.cat(batches[-2:])]
             with torch.no_grad():
                 score = torch.cat([detector.score(loader.batch(some).x).float() for some in batches])
@@ -246,6 +253,56 @@ def batch_norm_leak(detector: Detector, data: OneClassData) -> dict[str, float]:
             layer.track_running_stats = tracked
         detector.eval()
     return found
+
+
+class WatchTest(Callback):
+    """Test AUROCs after every epoch, for the figures beside the honest one; no method's hook sees them.
+
+    Args:
+        data: the data module of the run.
+        names: what is recorded: ``oracle_auroc``, and ``oracle_sorted_auroc`` of `batch_norm_leak`. What was recorded
+            before a resume is kept, whatever is recorded now.
+    """
+
+    def __init__(self, data: OneClassData, names: Sequence[str]) -> None:
+        self.names = tuple(names)
+        self._seen: dict[int, dict[str, float]] = {}  # by epoch
+
+        def look(detector: Detector) -> dict[str, float]:
+            scored, loader = Scored(), data.loader("test").shuffled()
+            for batch in loader:
+                score, *_ = scores(detector, batch.x)
+                scored.update(score, batch.index, batch.truth)
+                turns.pass_on()
+            if not np.isfinite(scored.score).all():
+                return {"oracle_auroc": math.nan}
+            found = {"oracle_auroc": scored.compute()["auroc"]}
+            if "oracle_sorted_auroc" in names:
+                found |= batch_norm_leak(detector, data)
+            return {name: found[name] for name in names}
+
+        self._look = look  # a closure: no attribute leads from here to the data
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert isinstance(pl_module, Detector)
+        if self.names and pl_module.scorable and not trainer.sanity_checking:
+            epoch = int(pl_module.epochs_done) + 1
+            self._seen[epoch] = self._seen.get(epoch, {}) | self._look(pl_module)
+            if not np.isfinite(list(self._seen[epoch].values())).all():
+                raise Diverged(f"training diverged: a score is not finite at epoch {epoch}; lower the learning rate")
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        assert isinstance(pl_module, Detector)
+        epochs = [self._seen.get(int(row["epoch"]), {}) for row in pl_module.course.history]
+        whole = [name for name in ORACLES if name in self.names or (epochs and all(name in seen for seen in epochs))]
+        checkpoint["watched"] = {"whole": whole, "seen": {epoch: dict(seen) for epoch, seen in self._seen.items()}}
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        self._seen = {epoch: dict(seen) for epoch, seen in checkpoint["watched"]["seen"].items()}
+
+    def joined(self, history: Sequence[Mapping[str, float]]) -> list[dict[str, float]]:
+        """The rows of ``history`` with what was recorded after their epochs."""
+        return [{**row, **self._seen.get(int(row["epoch"]), {})} for row in history]
 
 
 def draw(detector: Detector, data: OneClassData, score: np.ndarray, result: Mapping[str, Any], folder: Path) -> None:
@@ -290,7 +347,7 @@ def used(device: torch.device) -> tuple[str, float]:
 
 
 def peak_memory() -> float:
-    """Most memory that this process has held, in MB: what it was before its program was loaded is not its own."""
+    """Peak resident memory of this process, in MB: VmHWM, for ru_maxrss counts the process image before exec too."""
     try:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:")) / 2**10

@@ -95,7 +95,7 @@ def _delong(anomalous: NDArray[np.int64], normal: NDArray[np.int64], area: float
 
 def _newcombe(area: float, m: int, n: int) -> tuple[float, float]:
     def outside(true: float) -> bool:
-        """Whether the AUROC found is further from a true one than its quantile."""
+        """Whether ``area`` lies outside the 95 % range of estimates around the true AUROC ``true``."""
         more = ((m + n) / 2 - 1) * ((1 - true) / (2 - true) + true / (1 + true))
         return abs(area - true) > NORMAL_QUANTILE * np.sqrt(true * (1 - true) * (1 + more) / (m * n))
 

@@ -435,7 +435,7 @@ def _load_features(layers: nn.Sequential, file: Path) -> None:
         refuse_bomb(file, most=1)
         state = torch.load(file, map_location="cpu", weights_only=True)
         layers.load_state_dict({name: state[f"features.{name}"] for name in layers.state_dict()})
-    # torch raises RuntimeError, UnpicklingError, EOFError, KeyError or TypeError, as the file wants it.
+    # torch raises RuntimeError, UnpicklingError, EOFError, KeyError or TypeError, depending on the file.
     except Exception as error:
         raise ValueError(
             f"{file} is no state dict of that architecture ({type(error).__name__}: {shortened(error)}): give "

@@ -1,4 +1,4 @@
-"""What an ended run's folder says of it: its result, held to where it lies and to the scores beside it, or its failure.
+"""Read how a run ended: its failure, or its result, whose place, checksums and metrics are validated.
 
 Imports nothing heavy: status reports and dry runs read hundreds of these.
 """
@@ -25,6 +25,7 @@ SEVERAL = re.compile(r"all|\d+(\+\d+)+")
 SHARES = (
     *("auroc", "auroc_low", "auroc_high", "average_precision", "fpr95", "balanced_accuracy", "f1"),
     *("precision", "recall", "oracle_auroc", "oracle_shuffled_auroc", "oracle_sorted_auroc"),
+    "oracle_sorted_best_auroc",
 )
 """Metrics that lie between 0 and 1, or are None."""
 
@@ -46,7 +47,7 @@ def place(identity: Mapping[str, Any], role: str) -> Path:
 
 
 def other(identity: Mapping[str, Any], wanted: Mapping[str, Any]) -> str:
-    """In which of its parts an identity is not the wanted one: ``seed=0 (not 1)``; empty where it is the same."""
+    """The keys in which ``identity`` differs from ``wanted``, such as ``seed=0 (not 1)``; empty if none."""
     wanted = json.loads(json.dumps(wanted))  # as a file has it
     differing = (key for key in IDENTITY if identity.get(key) != wanted[key])
     return ", ".join(f"{key}={identity.get(key)} (not {wanted[key]})" for key in differing)
@@ -167,7 +168,7 @@ def recompute(result: Mapping[str, Any], folder: Path) -> None:
             decided = arrays.get("decided")
         threshold = metrics.threshold_from_normals(val_score, result["config"]["trainer"]["threshold_quantile"])
         found = metrics.evaluate(score, truth, threshold=threshold, decided=decided) | {"threshold": threshold}
-    # A damaged archive is a BadZipFile, zlib.error, EOFError, ..., as the damage wants it.
+    # A damaged archive is a BadZipFile, zlib.error, EOFError, ..., depending on the damage.
     except Exception as error:
         raise ValueError(f"{file} cannot be verified ({type(error).__name__}: {error})") from error
     for name, value in found.items():

@@ -86,6 +86,12 @@ def _rejected_images(result: Result) -> str:
     return csv_cell(result.get("rejected_images") or result.get("set_aside") or None)
 
 
+def _by_kind(result: Result) -> str:
+    """The AUROC against each class of anomalies as JSON, four digits."""
+    kinds = _key("by_kind.auroc")(result)
+    return csv_cell({name: round(value, 4) for name, value in kinds.items()} or None)
+
+
 def _published_as(result: Result) -> str:
     """The method of published.csv that a run is compared with: what its model's yaml names, else its own."""
     model = (result.get("config") or {}).get("model") or {}
@@ -162,6 +168,7 @@ COLUMNS = (
     _of_kind("balanced_accuracy", "unseen"),
     _metric("oracle_shuffled_auroc"),
     _metric("oracle_sorted_auroc"),
+    _metric("oracle_sorted_best_auroc"),
     Column("rejected_images", str, _rejected_images, optional=True),
     Column("earlier_code", str, lambda result: _commits(_all_code(result)[1:]), optional=True),
     Column("method", str, lambda result: _method_and_size(result)[0]),
@@ -174,6 +181,9 @@ COLUMNS = (
     Column("parameter_change", float, _key("learned.parameter_change"), optional=True),
     Column("test_copies", float, _key("partition.test_copies"), optional=True),
     Column("by_term", str, lambda result: csv_cell(result.get("by_term") or None), optional=True),
+    Column("by_kind", str, _by_kind, optional=True),
+    # What calls an image anomalous: the method's "own rule", or "held-out normals", their threshold.
+    Column("decided_by", str, _key("decided_by"), optional=True),
 )
 """What results.csv holds, in this order. Columns with a dot in their name follow: parameters in which runs differ."""
 

@@ -21,14 +21,14 @@ from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from anomaly_lab import config, record, switches, tracking, turns
-from anomaly_lab.build import WatchTest, load_checkpoint, make_data, make_detector, make_trainer, write_checkpoint
+from anomaly_lab.build import load_checkpoint, make_data, make_detector, make_trainer, write_checkpoint
 from anomaly_lab.calibration import surprise
 from anomaly_lab.config import Job
 from anomaly_lab.data import OneClassData, scored_at_once
 from anomaly_lab.detector import Detector
 from anomaly_lab.errors import RunFailed
 from anomaly_lab.files import Lock, locked, write_json, write_whole
-from anomaly_lab.measure import draw, measure, of_scores, used
+from anomaly_lab.measure import ORACLES, WatchTest, draw, measure, of_scores, used
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,7 @@ def run(cfg: DictConfig | Job, callbacks: Sequence[Callback] = ()) -> dict[str, 
     Raises:
         ValueError: the configuration or the data do not fit, or another process is busy with a run that this one is
             made of; one line says what to do.
-        Diverged: training left the finite numbers.
+        Diverged: training diverged or collapsed.
         OutOfMemory: the device's memory, or the machine's, is too small.
 
     ``failure.json`` records what ended a started run, signals excepted.
@@ -71,7 +71,7 @@ def run(cfg: DictConfig | Job, callbacks: Sequence[Callback] = ()) -> dict[str, 
             result = job.finished()  # another process may have made it in between
             if result is not None:
                 return result
-            (job.out / "result.json").unlink(missing_ok=True)  # without the test AUROC that is asked for now
+            (job.out / "result.json").unlink(missing_ok=True)  # it lacks an oracle metric that is asked for now
             with (
                 tracking.opened(cfg, job.out, job.identity) as tracker,
                 switches.of_a_run(cfg.trainer.precision, cfg.trainer.threads),
@@ -119,7 +119,8 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback], lo
     detector = make_detector(cfg, data.image_shape)
     class_name = split.title(data.images, data.target)
     title = f"{job.identity['model']} {job.identity['dataset']} {class_name}"
-    trainer = make_trainer(job, data, title, tracker, callbacks)
+    watch = WatchTest(data, _oracles(cfg))
+    trainer = make_trainer(job, data, title, tracker, [watch, *callbacks])
     device = trainer.strategy.root_device
 
     turns.own_stream(device)
@@ -141,7 +142,6 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback], lo
     score_seconds = time.perf_counter() - started
     device_name, memory = used(device)
     detector.to(device).eval()  # Lightning leaves it on the CPU
-    [watch] = [callback for callback in trainer.callbacks if isinstance(callback, WatchTest)]  # type: ignore[attr-defined]
     history = watch.joined(detector.course.history)
     measured = measure(job, detector, data, history)
 
@@ -162,6 +162,7 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback], lo
         "by_kind": measured.by_kind,
         "by_term": measured.by_term,
         "learned": measured.learned,
+        "decided_by": "own rule" if "decided" in measured.scores else "held-out normals",
         "partition": {
             "fingerprint": partition.fingerprint,
             "version": split.version,
@@ -216,7 +217,7 @@ def _fuse(job: Job, members: Sequence[Job], tracker: tracking.Tracker, lock: Loc
         results[result["identity"]["model"]] = result
     one = next(iter(results.values()))
     shown: Any = OmegaConf.to_container(job.cfg, resolve=True)
-    for key in ("pretrained", "labels"):  # which tables keep apart
+    for key in ("pretrained", "labels"):  # tables list such runs in blocks of their own
         theirs = [made["config"]["model"][key] for made in results.values() if made["config"]["model"].get(key)]
         shown["model"] |= {key: theirs[0]} if theirs else {}
     arrays: dict[str, np.ndarray] = {**sums, "truth": data.partition.test_truth, "index": data.partition.test}
@@ -231,6 +232,7 @@ def _fuse(job: Job, members: Sequence[Job], tracker: tracking.Tracker, lock: Loc
         "metrics": measured,
         "by_kind": by_kind,
         "by_term": {name: made["metrics"]["auroc"] for name, made in results.items()},
+        "decided_by": "held-out normals",
         "learned": dict.fromkeys(one["learned"]) | {"distinct_scores": len(np.unique(sums["score"]))},
         "config": shown,
         "settings": job.settings,
@@ -263,6 +265,11 @@ def _fit(job: Job, detector: Detector, data: OneClassData, trainer: Trainer, che
     trainer.save_checkpoint(job.out / "last.ckpt", weights_only=False)
 
 
+def _oracles(cfg: DictConfig) -> list[str]:
+    """What is recorded of the test images after every epoch; the leak only where both are asked for."""
+    return [*ORACLES[: 1 + cfg.trainer.measure_leak]] if cfg.trainer.watch_test else []
+
+
 def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
     write_whole(path, lambda file: np.savez_compressed(file, **arrays))
 
@@ -275,7 +282,7 @@ def _resumable(job: Job) -> tuple[Path | None, list[dict[str, float]]]:
     try:
         checkpoint = load_checkpoint(path)
         history, settings = checkpoint["anomaly_lab"]["history"], checkpoint["settings"]
-        watched = checkpoint["watched"]["whole"]
+        missing = [name for name in _oracles(job.cfg) if name not in checkpoint["watched"]["whole"]]
     except (ValueError, KeyError, TypeError) as error:  # damaged, or whole and of another program
         log.warning("%s cannot be read: starting again (%s)", path, error)
         return None, []
@@ -284,8 +291,8 @@ def _resumable(job: Job) -> tuple[Path | None, list[dict[str, float]]]:
         return None, []
     job.refuse_other_run(checkpoint.get("identity", job.identity), path)  # those of earlier code do not say it
     job.refuse_other_settings(settings)
-    if job.cfg.trainer.watch_test and not watched:
-        log.info("%s: its test AUROC was not watched so far; starting again", job.out)
+    if missing:
+        log.info("%s: %s was not watched so far; starting again", job.out, " and ".join(missing))
         return None, []
     return path, history
 

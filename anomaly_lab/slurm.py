@@ -85,7 +85,7 @@ def place(folder: Path, queued: Callable[[], Queue | None]) -> Place | None:
 
 
 def lost(folder: Path) -> str:
-    """Why the job of the run in ``folder``, which Slurm has no longer, left nothing; empty where it did not begin.
+    """Why a job that has left the queue wrote neither a result nor ``failure.json``; empty if none began.
 
     A process killed from outside (memory, a node that is not put back), or one that cannot even unpickle its work,
     writes no ``failure.json``.

@@ -57,7 +57,7 @@ class Partition:
     """Which images train, which are held out, which test, as rising indices into the `Images`."""
 
     train: Indices  # (T,) contaminating anomalies included
-    train_truth: NDArray[np.uint8]  # (T,) 0 normal, 1 anomalous; for reports, never given to a detector
+    train_truth: NDArray[np.uint8]  # (T,) 0 normal, 1 anomalous; for reports, given to no detector but a ceiling
     val: Indices  # (V,) normals only
     test: Indices  # (M,)
     test_truth: NDArray[np.uint8]  # (M,)

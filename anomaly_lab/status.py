@@ -33,11 +33,13 @@ class Status(NamedTuple):
 def under(runs: str | Path, expected: Sequence[Job] | None = None) -> list[Status]:
     """The state of every run under ``runs``, or, given an experiment's grid, of every run of the grid.
 
-    A run is running while a process holds the lock on its `.lock`, or Slurm says so of its job; queued while
-    its job waits, for the first time or again; failed with a `failure.json` and no result, or when Slurm has a
-    job of it no longer that began and left nothing; interrupted when its
-    folder has nothing of these (it resumes when it is started again); damaged when its result cannot be read;
-    missing when the grid asks for it and there is no folder.
+    * done: a readable result;
+    * damaged: a result that cannot be read;
+    * running: a process holds `.lock`, or Slurm runs its job;
+    * queued: its Slurm job waits, for the first time or again;
+    * failed: a `failure.json` without a result, or a job that started, left the queue and wrote nothing;
+    * interrupted: a folder with none of these; the next start resumes it;
+    * missing: the grid has it, and there is no folder.
 
     Returns:
         what is done first, then by the order of `STATES`.

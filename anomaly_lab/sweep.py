@@ -376,7 +376,7 @@ def _grid(jobs: Sequence[Sequence[str]], trial: Callable[[Job], None] | None = N
             run = config.job(cfg)
             found = status.of(run, queue)
             if found.state == "done" and run.finished() is None:
-                found = Status("missing", found.path, "its test AUROC was not watched")
+                found = Status("missing", found.path, "a metric asked for now was not recorded")
             if trial is not None and found.state != "done":
                 trial(run)
         except Exception as error:  # a class that is none of the data set's, missing data, an edited yaml, ...

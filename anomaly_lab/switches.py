@@ -119,8 +119,8 @@ def of_a_run(precision: str, threads: int | None) -> Iterator[None]:
 def numerics(precision: str) -> Iterator[None]:
     """What decides the numbers of a run: ``trainer.precision`` and deterministic algorithms.
 
-    Where an operation has no deterministic algorithm, torch warns. Torch would fill all new memory with NaN, so that
-    no result depends on its content: a pass over every tensor, of which these kernels overwrite every number anyway.
+    Where an operation has no deterministic algorithm, torch warns. `fill_uninitialized_memory` is off: it writes NaN
+    into every new tensor, an extra pass over memory that the kernels overwrite anyway.
     """
     import torch  # noqa: F401  # else there are no switches yet
 

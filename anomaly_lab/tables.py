@@ -190,11 +190,10 @@ def significance(frame: pd.DataFrame, dataset: str, split: str) -> list[Comparis
     """Wilcoxon signed-rank tests between methods, paired over classes; seeds are averaged first, within a class.
 
     Seeds of one class share the class's difference: tested as pairs of their own, three of them reject a true null in
-    15 to 25 % of cases (`docs/statistics.md`). Two-sided and corrected after Holm; classes without a difference are
+    9 to 22 % of cases (`docs/statistics.md`). Two-sided and corrected after Holm; classes without a difference are
     left out of the test and counted as ties. Below `MINIMUM_PAIRS` classes that differ there is no p-value, and the
     comparison does not count in the correction. A supervised ceiling is no method to compare.
-    Methods are compared under the same problem only (see the module's
-    head).
+    Methods are compared under the same problem only (see `anomaly_lab.results`).
     """
     from scipy.stats import wilcoxon
 

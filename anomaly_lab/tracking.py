@@ -68,16 +68,20 @@ class Tracker(Logger):
         """Show what was measured in ``epoch``, counted from 1."""
 
     def watched(self, history: Sequence[Mapping[str, float]]) -> None:
-        """Show the test AUROC of the epochs that were watched, once the fit is over."""
+        """Show the test AUROCs of the epochs that were watched, once the fit is over."""
         for row in history:
-            if "oracle_auroc" in row:
-                self.row(int(row["epoch"]), {"oracle_auroc": row["oracle_auroc"]})
+            if oracles := _oracles(row):
+                self.row(int(row["epoch"]), oracles)
 
     def publish(self, result: Mapping[str, Any], figures: Path, scores: Mapping[str, np.ndarray]) -> None:
         """Show the finished run: the content of result.json, the folder of its figures, the arrays of scores.npz."""
 
     def close(self, exit_code: int) -> None:
         """Let go of everything; 0 after a finished run."""
+
+
+def _oracles(row: Mapping[str, float]) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name.startswith("oracle_")}
 
 
 @contextmanager
@@ -273,8 +277,8 @@ class Wandb(Tracker):
     def watched(self, history: Sequence[Mapping[str, float]]) -> None:
         with self._mirroring():
             for row in history if self._sending else ():
-                if "oracle_auroc" in row:  # behind the last step, for a server takes no earlier one
-                    self._run.log({"epoch": int(row["epoch"]), "oracle_auroc": row["oracle_auroc"]}, commit=True)
+                if oracles := _oracles(row):  # behind the last step, for a server takes no earlier one
+                    self._run.log({"epoch": int(row["epoch"]), **oracles}, commit=True)
 
     def publish(self, result: Mapping[str, Any], figures: Path, scores: Mapping[str, np.ndarray]) -> None:
         if not self._sending:

@@ -5,7 +5,7 @@ A run passes its turn on after every training step and scored batch (`pass_on`),
 overlap. Process-wide state (random streams, switches, warning filters) is saved and restored with the turn, so every
 run computes exactly what it computes alone.
 
-Outside of `take` these functions do nothing, or block.
+Outside of `take`, `pass_on`, `aside` and `own_stream` do nothing, and `settle` synchronises.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class _Group:
         self._taken = True  # whether some run has the turn; at first the maker of the group
         self._alive = 0
         self._threads: list[threading.Thread] = []
-        self._mutex = threading.Lock()  # for the two above, and never held for long
+        self._mutex = threading.Lock()  # guards the five above; never held for long
         self.stop = False
         self._over = threading.Event()
         self.results: dict[int, Any] = {}

@@ -50,7 +50,7 @@ METHODS = {
 
 def process(words: list[str], aim: Aim | None) -> int:
     """One process of a run; minus the signal that ended it, or its exit code."""
-    assert len(os.listdir("/proc/self/task")) == 1, "forking with threads could leave a lock taken for ever"
+    assert len(os.listdir("/proc/self/task")) == 1, "forking with threads could leave a lock held by none"
     sys.stdout.flush()
     pid = os.fork()
     if pid:

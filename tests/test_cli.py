@@ -317,7 +317,7 @@ def lab_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Cap
 def test_data_sets_are_downloaded_listed_and_checked(lab_data: Command) -> None:
     listed = {line.split()[0]: line for line in lab_data("list").out.splitlines()}
     assert set(listed) == {path.stem for path in (config.CONFIG_DIR / "dataset").glob("*.yaml")}
-    assert re.search(r"not there +data/digits\.npz  anomaly-lab-data download digits$", listed["digits"])
+    assert re.search(r"not there +data/digits\.npz  run `anomaly-lab-data download digits`$", listed["digits"])
     assert listed["npz"].endswith("yours: give dataset.name=... and dataset.path=...")
 
     assert lab_data("check digits").code == cli.MISTAKE

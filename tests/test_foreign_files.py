@@ -74,7 +74,7 @@ def test_a_tensor_that_repeats_one_number_is_no_weight(tmp_path: Path) -> None:
         load_checkpoint(tmp_path / "bomb.ckpt")
 
 
-# Pipes: reading one would wait for ever -------------------------------------------------------------------------------
+# Pipes: reading one would block indefinitely --------------------------------------------------------------------------
 
 
 def test_pipes_are_no_images(tmp_path: Path) -> None:

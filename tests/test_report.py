@@ -368,11 +368,29 @@ def test_sets_of_rejected_training_images_are_shown_with_their_truth(runs: Runs,
 
 
 def test_the_leak_of_batch_norm_is_shown_as_no_result(runs: Runs) -> None:
-    runs.add(0.6, model="ganomaly_small", metrics={"oracle_shuffled_auroc": 0.61, "oracle_sorted_auroc": 0.99})
+    leak = {"oracle_shuffled_auroc": 0.61, "oracle_sorted_auroc": 0.97, "oracle_sorted_best_auroc": 0.99}
+    runs.add(0.6, model="ganomaly_small", metrics=leak, oracle=0.7)
+    runs.add(0.8, model="ganomaly_small", metrics=leak, oracle=0.8, c=9)
+    runs.add(0.9, model="ede_small", metrics=dict(list(leak.items())[:2]))  # not watched
     text = report.markdown(report.sections(results.read(runs.root)))
-    assert "The last two are no results." in text
-    _, _, row = lines(text.split("no results.")[1].split("\n\n")[1])
-    assert row[3:] == ["0.600", "0.610", "0.990", "+0.390"]
+    assert "None but the first is a result." in text
+    _, _, ede, mean, *both = lines(text.split("is a result.")[1].split("\n\n")[1])
+    assert ede[3:] == ["0.900", "", "0.610", "0.970", "", "+0.070"]
+    assert mean[1:] == ["mean of 2", "", "0.700", "0.750", "0.610", "0.970", "0.990", "+0.290"]
+    assert [row[3:] for row in both] == [
+        ["0.600", "0.700", "0.610", "0.970", "0.990", "+0.390"],
+        ["0.800", "0.800", "0.610", "0.970", "0.990", "+0.190"],
+    ]
+
+
+def test_the_page_says_what_called_an_image_anomalous(runs: Runs) -> None:
+    runs.add(0.6, model="aae_small", more={"decided_by": "own rule"})
+    runs.add(0.7, model="ede_small", more={"decided_by": "held-out normals"})
+    text = report.markdown(report.sections(results.read(runs.root)))
+    assert "by the method's own rule by `aae_small`, else by a threshold from held-out normals alone." in text
+    runs.add(0.7, model="ede_small", seed=1)  # of code that did not record it
+    text = report.markdown(report.sections(results.read(runs.root)))
+    assert "by its method's own rule where its paper has one (of training errors), else by" in text
 
 
 @pytest.mark.parametrize("words", [[], ["--status"]], ids=["tables", "status"])

@@ -182,7 +182,8 @@ def test_watching_the_test_set_changes_nothing_and_is_shown_apart(
     for name, array in scores(cfg).items():
         assert np.array_equal(array, before[name]), name
     kept = torch.load(config.job(cfg).out / "last.ckpt")
-    assert list(kept["watched"]["auroc"].values()) == seen and "oracle_auroc" not in kept["anomaly_lab"]["history"][0]
+    assert [row["oracle_auroc"] for row in kept["watched"]["seen"].values()] == seen
+    assert "oracle_auroc" not in kept["anomaly_lab"]["history"][0]
     with (config.job(cfg).out / "metrics.csv").open(newline="") as file:
         assert [float(row["oracle_auroc"]) for row in csv.DictReader(file)] == pytest.approx(seen)
 
@@ -192,8 +193,23 @@ def test_what_was_watched_stays_watched_when_the_leak_is_measured_later(tmp_path
     measured = run(tiny(tmp_path / "runs", "trainer.measure_leak=true"))
     assert watched is not None and measured is not None
     assert measured["metrics"]["oracle_auroc"] == watched["metrics"]["oracle_auroc"] is not None
+    assert measured["metrics"]["oracle_sorted_best_auroc"] is None, "after the last epoch alone"
+
+
+def test_asked_together_the_leak_is_measured_after_every_epoch(tmp_path: Path) -> None:
+    apart = run(tiny(tmp_path / "runs", "trainer.watch_test=true"))
     both = tiny(tmp_path / "runs", "trainer.watch_test=true", "trainer.measure_leak=true")
-    assert run(both, [Stop(after_steps=1)]) == measured, "all of it is there"
+    together = run(both)
+    assert apart is not None and together is not None
+    history = [dict(row) for row in together["history"]]
+    sorted_auroc = [row.pop("oracle_sorted_auroc") for row in history]
+    assert comparable(history) == comparable(apart["history"]), "it changes nothing of the training"
+    assert together["metrics"]["oracle_sorted_best_auroc"] == max(sorted_auroc)
+    assert together["metrics"]["oracle_sorted_auroc"] == sorted_auroc[-1]
+    assert {name: together["metrics"][name] for name in apart["metrics"]} == apart["metrics"]
+    assert run(both, [Stop(after_steps=1)]) == together, "all of it is there"
+    later = run(tiny(tmp_path / "runs", "trainer.measure_leak=true"), [Stop(after_steps=1)])
+    assert later == together
 
 
 def test_a_result_is_retired_before_its_checkpoint_is_overwritten(tmp_path: Path) -> None:

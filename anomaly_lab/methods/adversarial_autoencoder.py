@@ -65,8 +65,8 @@ class DenseAutoencoder(Detector):
     Args:
         width: units of a hidden layer.
         latent_size: d.
-        batch_norm: batch norm behind the encoder's hidden layers, not on the code: it would give the code the mean and
-            variance that an adversary is to teach.
+        batch_norm: batch norm behind the encoder's hidden layers. Not on the code, unlike the summary: it would fix the
+            mean and variance that the adversary has to teach.
     """
 
     def __init__(self, image_shape: Sequence[int], *, width: int, latent_size: int, batch_norm: bool = False) -> None:

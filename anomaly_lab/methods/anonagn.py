@@ -36,11 +36,11 @@ class NonAdversarialDecoderEncoder(Detector):
 
     Args:
         width: channels after the first convolution. latent_size: d.
-        code_rate: learning rate of the codes, which descend the gradient of their own image's loss.
+        code_rate: learning rate of the codes, which descend the gradient of the batch's summed loss.
     """
 
     codes: Tensor  # (N,d)
-    place: Tensor  # int64: of an index in the data set, the place among the training images
+    place: Tensor  # int64: position among the training images of each data-set index
 
     def __init__(self, image_shape: Sequence[int], *, width: int, latent_size: int, code_rate: float) -> None:
         super().__init__(image_shape)

@@ -17,7 +17,7 @@ from anomaly_lab.detector import Batch, Detector
 
 
 class ContrastNormalisation(nn.Module):
-    """Each image freed of its mean and divided by its mean absolute value; then [low, high] becomes [0, 1].
+    """Each image freed of its mean and divided by its mean absolute deviation; then [low, high] becomes [0, 1].
 
     ``low`` and ``high`` are the extremes of the normalised training images, of all channels together (`fit`).
     """
@@ -125,10 +125,10 @@ class ConvolutionalAutoencoder(Detector):
 
         L = |x - x^|_2^2,    summed over the pixels of an image; the score is the same.
 
-    *Where we differ from the authors' code:* the extremes of the training images are computed, not constants in the
-    code; they are its numbers for the whole normal class, and others by a hair here, where some normals are held out.
-    Initial weights are Glorot's, as in its networks for CIFAR-10; those for MNIST keep torch's. Its decoder for
-    CIFAR-10 normalises the code first.
+    *Where we differ from the authors' code:* ``low`` and ``high`` are computed; theirs are constants for each class.
+    Computed on the whole normal class they agree; here they differ slightly, since some normals are held out.
+    Initial weights are Glorot's, as in its networks for CIFAR-10; those for MNIST keep torch's. Their decoder
+    for CIFAR-10 applies batch norm to the code; ours does not.
 
     Args:
         widths: channels of the encoder's convolutions. latent_size: d, a multiple of 16.
@@ -168,8 +168,8 @@ class DenoisingAutoencoder(ConvolutionalAutoencoder):
     """The same, which sees a noisy image and must give back the clean one.
 
     Vincent, Larochelle, Bengio & Manzagol, "Extracting and composing robust features with denoising autoencoders", ICML
-    2008: a share ``masked`` of the pixels, drawn anew for every image and step, is set to 0 (of the normalised image:
-    its darkest value), and
+    2008: a share ``masked`` of the pixels, drawn anew for every image and step, is set to 0 (the darkest
+    value of the normalised training images), and
 
         L = |x - D(E(x~))|_2^2
 

@@ -31,8 +31,9 @@ class DeepSVDD(ConvolutionalAutoencoder):
 
     The anomaly score is |phi(x) - c|^2 (5). Before the second stage there is no centre, so nothing is scored.
 
-    *Where we differ from the authors' code:* learning rates fall after the epoch they say (theirs steps the schedule at
-    an epoch's start, one earlier); the extremes of the normalised images are computed (`ConvolutionalAutoencoder`).
+    *Where we differ from the authors' code:* a rate falls after the milestone epoch; their schedule steps at the start
+    of an epoch, so theirs falls one epoch earlier; the extremes of the normalised images are computed
+    (`ConvolutionalAutoencoder`).
     """
 
     STAGES = ("pretrain", "train")
@@ -45,6 +46,11 @@ class DeepSVDD(ConvolutionalAutoencoder):
 
     def players(self) -> Mapping[str, Sequence[nn.Module]]:
         return {**super().players(), "svdd": [self.encoder]}
+
+    def plan(self, stages: Mapping[str, int]) -> None:
+        if stages.get("train") == 0:
+            raise ValueError("model.budget.stages.train=0: without it there is no centre to score by; give at least 1")
+        super().plan(stages)
 
     def before_stage(self, stage: str) -> None:
         if stage == "train":
@@ -86,7 +92,7 @@ class SoftBoundaryDeepSVDD(DeepSVDD):
     """
 
     radius: Tensor  # R, ()
-    moving: Tensor  # bool (): whether R is still 0, or follows the batches; no Python branch, so steps can be replayed
+    moving: Tensor  # bool (): whether R follows the batches, else it is 0; no Python branch, so steps can be replayed
 
     def __init__(
         self, image_shape: Sequence[int], *, widths: Sequence[int], latent_size: int, nu: float, warm_up: int

@@ -21,7 +21,7 @@ SINGULAR = 1e-6
 """Added, squared, to the squares of the Jacobian's singular values: a code that G ignores has a finite volume."""
 
 MAX_SHAPE = 10.0
-"""Of a generalised Gaussian: 2 is a Gaussian, a box has an infinite one, outside of which nothing has a density."""
+"""Largest shape of a fitted generalised Gaussian: 2 is a Gaussian, a growing shape approaches a box."""
 
 
 class GPND(Detector):
@@ -29,7 +29,7 @@ class GPND(Detector):
 
     Pidhorskyi, Almohsen & Doretto, "Generative probabilistic novelty detection with adversarial autoencoders", NeurIPS
     2018 (arXiv 1807.02588), in the order of the authors' code (podgorskiy/GPND@d44896b). With z ~ N(0, I), drawn anew
-    for each of the first three, and x^ = G(E(x)) in [0, 1], a step moves one after the other
+    for each of the first three, and x^ = G(E(x)) in [-1, 1], a step moves one after the other
 
         D_x     BCE(D_x(x), 1) + BCE(D_x(G(z)), 0)
         G       BCE(D_x(G(z)), 1)
@@ -49,8 +49,8 @@ class GPND(Detector):
     *Where we differ from the authors' code:* p_r is a kernel density (a Gaussian's, Scott's rule) where theirs is a
     histogram of 30 bins with a floor of -1000 outside, and log p_k is computed as such, where theirs is the logarithm
     of a density that underflows: both tie images, the most anomalous ones among them. No p_k has a shape above 10: a
-    fit to few codes runs away to a box, outside of which no code has a finite log density. The networks have a first
-    width of 64 at D_x, G and E alike. Their threshold is chosen on anomalies, ours by the run from held-out normals.
+    fit to few codes runs away to a box, outside of which no code has a finite log density. D_x, G and E have
+    one width. Their threshold is chosen on anomalies, ours by the run from held-out normals.
     Images are in [-1, 1] and brought to [0, 1] for BCE(x^, x) alone: the other terms change by a constant.
 
     Args:
@@ -122,7 +122,7 @@ class GPND(Detector):
         fitted = []
         for column in codes.numpy().T:
             shape, place, scale = gennorm.fit(column)
-            # Hardly a box yet, and a code out of its reach has a finite density; a fit to few codes may well run away.
+            # A fit to few codes can diverge to a box, outside of which the density is 0.
             fitted.append(gennorm.fit(column, f0=MAX_SHAPE) if shape > MAX_SHAPE else (shape, place, scale))
         self.set_fitted("gaussians", torch.tensor(fitted).T.to(images))  # (3,d)
         self.set_fitted("distances", distances.to(images))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from anomaly_lab.detector import Batch, Detector
 
 SATURATION = 0.01
-"""Added to the sigmoid in the authors' code, which bounds the logarithm: -log of it never exceeds 4.6."""
+"""Added to the sigmoid, as in the authors' code. It bounds the loss: -log(sigmoid + 0.01) <= 4.6."""
 
 
 class _Classifier(nn.Module):
@@ -43,14 +43,14 @@ class HRN(Detector):
     authors' code (morning-dews/HRN@22a7984). Each image is divided by its 2-norm and freed of its mean; with the
     means over the batch
 
-        L = -log sigmoid(f(x)) + lambda |grad_x f(x)|_2^n
+        L = -log(sigmoid(f(x)) + 0.01) + lambda |grad_x f(x)|_2^n
 
     The first term alone grows f without end, for every input; the second, the H-regulariser, taken at the images
     themselves, lets it grow along few directions. The anomaly score is -f(x).
 
     *Where we differ from the authors' code:* it reports the best test epoch, here the last one counts. Its gradient
     norm on colour images runs over the channels of each pixel; here over the whole image, as in the paper and as in its
-    code for grey ones. Like the code, and unlike the paper, the loss is -log(sigmoid(f(x)) + 0.01).
+    code for grey ones. The 0.01 is the code's; the paper has none.
 
     Args:
         width: w.
@@ -69,9 +69,10 @@ class HRN(Detector):
 
     def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
         x = normalised(batch.x).requires_grad_()  # (B,C,P)
-        f = self.classifier(x)
-        (gradient,) = torch.autograd.grad(f.sum(), x, create_graph=True)  # each image's own: no batch norm here
-        h = gradient.square().sum((1, 2)).pow(self.h_power / 2).mean()
+        with torch.autocast(x.device.type, enabled=False):  # second derivatives in half precision are noise
+            f = self.classifier(x)
+            (gradient,) = torch.autograd.grad(f.sum(), x, create_graph=True)  # each image's own: no batch norm here
+            h = gradient.square().sum((1, 2)).pow(self.h_power / 2).mean()
         negative_log = -(torch.sigmoid(f) + SATURATION).log().mean()
         yield {"classifier": negative_log + self.h_weight * h}
         self.record("loss_negative_log", negative_log)
@@ -82,7 +83,7 @@ class HRN(Detector):
 
 
 def normalised(x: Tensor) -> Tensor:
-    """Images of norm 1 before their mean was taken away: (B,C,S,S) -> (B,C,P)."""
+    """Images divided by their 2-norm, then centred: (B,C,S,S) -> (B,C,P)."""
     flat = x.flatten(1)
     flat = flat / flat.norm(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
     return (flat - flat.mean(1, keepdim=True)).view(len(x), x.shape[1], -1)

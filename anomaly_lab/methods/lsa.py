@@ -16,7 +16,7 @@ from anomaly_lab.detector import Batch, Detector
 
 
 class _Masked(nn.Linear):
-    """Units for every code entry, which see the entries before it, and with ``own`` that itself: (B,d a) -> (B,d b)."""
+    """Linear, b units for each code entry that see the entries before it, and it with ``own``: (B,d a) -> (B,d b)."""
 
     mask: Tensor
 
@@ -45,7 +45,8 @@ class Estimator(nn.Module):
         return logits.view(*z.shape, self.bins)
 
     def negative_log_likelihood(self, z: Tensor) -> Tensor:
-        """-log p(z), in nats: (B,d) -> (B,). A gradient reaches z through what is conditioned on alone."""
+        """-log p(z), in nats: (B,d) -> (B,). The target bins are detached: z gets its
+        gradient from the entries that the estimator conditions on."""
         target = (z.detach() * self.bins).long().clamp(0, self.bins - 1)
         return F.cross_entropy(self(z).transpose(1, 2), target, reduction="none").sum(1)
 

@@ -23,13 +23,13 @@ class OCGAN(Detector):
     u ~ U(-1, 1)^d, noisy images x~ = x + sigma n with n ~ N(0, I), and x^ = G(E(x~)), a step is
 
         D_v, D_l  (BCE(D_v(x), 1) + BCE(D_v(G(u)), 0)) / 2   and   (BCE(D_l(u'), 1) + BCE(D_l(E(x~)), 0)) / 2
-        C         (BCE(C(x^), 1) + BCE(C(G(u)), 0)) / 2            does this code decode to the class?
-        mining    u <- tanh(atanh u - rate grad BCE(C(G(u)), 0)), ``mining_steps`` times: towards images that do not
+        C         (BCE(C(x^), 1) + BCE(C(G(u)), 0)) / 2            is this an image of the class?
+        mining    u <- tanh(atanh u - rate g), g the gradient of BCE(C(G(u)), 0) by atanh u, ``mining_steps`` times
         E, G      w_latent BCE(D_l(E(x~)), 1) + BCE(D_v(G(u)), 1) + w_rec |x - x^|² / n
 
-    so that G is taught to render the class just where it did not. Mining waits for the networks to learn something:
-    the stages ``plain`` and ``mined`` of ``model.budget.stages``. The anomaly score is |x - G(E(x))|² / n, of the image
-    without noise.
+    Mining moves u to codes whose images C rejects; there G learns to render the class. It waits for the networks to
+    learn something: the stages ``plain`` and ``mined`` of ``model.budget.stages``. The anomaly score is
+    |x - G(E(x))|² / n, of the image without noise.
 
     *Where we differ from the authors' code:* D_l has one logit (theirs ends in 16 sigmoids that go through a second
     one); u is mined from all of (-1, 1)^d, where theirs, a tanh of U(-1, 1), never leaves (-.76, .76)^d although D_v

@@ -75,9 +75,9 @@ class PCA(Detector):
     the latter being -log N(x; m, W W' + s^2 I) at the maximum likelihood of Tipping & Bishop, "Probabilistic principal
     component analysis", J. R. Stat. Soc. B 61(3), 1999, equations (3), (7) and (8).
 
-    With ``components: null`` their number maximises the mean log-likelihood of one training image in five, drawn by
-    the run's seed and left out of the fit that it is judged by; the fit is then repeated on all of them. No label is
-    seen. On pixels, many of which hardly vary, that rule keeps hundreds of components, and their residual sees little.
+    With ``components: null`` k maximises the mean log-likelihood of a fifth of the training images, drawn by the run's
+    seed and excluded from that fit; the final fit uses all. No label is seen. On pixels, many of which hardly vary,
+    that rule keeps hundreds of components, and their residual sees little.
 
     Args:
         score: ``residual`` or ``likelihood``.

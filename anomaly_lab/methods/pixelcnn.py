@@ -24,7 +24,9 @@ def _gate(h: Tensor) -> Tensor:
 
 
 class _GatedLayer(nn.Module):
-    """One layer of both stacks: ``vertical`` has seen the rows above a pixel, ``horizontal`` also its row before it.
+    """One layer of both stacks: the vertical one sees the rows up to a pixel's own.
+
+    The horizontal one receives it moved down by one row, and also sees the pixels to the left.
 
     Convolutions see nothing else because the images are moved down, or to the right, instead of masking the kernels.
 
@@ -61,7 +63,7 @@ class GatedPixelCNN(Detector):
     Likelihood prefers smooth images, whatever they show. Serra et al., "Input complexity and out-of-distribution
     detection with likelihood-based generative models", ICLR 2020, take away the bits of a lossless compressor:
 
-        A(x) = -log2 p(x) - complexity_weight * bits of x as PNG
+        A(x) = -log2 p(x) - complexity_weight * bits of the quantised x as PNG
 
     Both are terms of the score. There is no public one-class code of it; sizes are ours.
 

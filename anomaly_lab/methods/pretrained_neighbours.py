@@ -86,13 +86,17 @@ class PatchCore(PretrainedNeighbours):
         super().__init__(image_shape, features=features, k=k)
         if not 0 < share <= 1:
             raise ValueError(f"share={share}: choose a share of the patches above 0, at most 1")
+        if k < 2:
+            raise ValueError(
+                f"k={k}: the nearest patch to a patch is itself, so every score would be 0; give 2 or more"
+            )
         self.share, self.projected = share, projected
 
     def after_fit(self, images: Tensor) -> None:
         patches = torch.cat([self.patches(x).flatten(0, 1) for x in images.split(AT_ONCE)])  # (P,K)
         shape = (patches.shape[1], self.projected)
         projection = torch.randn(shape, generator=self.noise, device=patches.device)
-        kept = farthest_first(patches @ projection, max(round(self.share * len(patches)), 1))
+        kept = farthest_first(patches @ projection, max(round(self.share * len(patches)), 2))
         self.set_fitted("bank", patches[kept])  # (M,K)
 
     def patches(self, x: Tensor) -> Tensor:

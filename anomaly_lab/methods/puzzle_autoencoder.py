@@ -66,8 +66,9 @@ class PuzzleAutoencoder(Detector):
     rate stays, where theirs falls at plateaus; how often a tile is emptied is ours.
 
     Args:
-        width: w, channels of U's first level. critic_width: of the critic. blank: probability. eps: of values from
-        ``low`` to ``high``. orders: how many orders a score is the mean of, at most 23.
+        width: w, channels of U's first level. critic_width: of the critic. blank: probability. eps: radius of the
+            attack, in image values; not rescaled with ``low`` and ``high``. orders: how many orders a score is the mean
+            of, at most 23.
     """
 
     table: Tensor  # int64 (24,4): `ORDERS`

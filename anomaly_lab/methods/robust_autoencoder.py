@@ -1,4 +1,4 @@
-"""Robust deep autoencoder: the training images are split into what an autoencoder explains and a few that it need not.
+"""Robust deep autoencoder: splits the training set into a part that an autoencoder rebuilds and a few outliers.
 
 Legend of the shape comments: B images in a batch, N in the training set, P = C S S pixels of an image, M outliers.
 """
@@ -54,8 +54,8 @@ class RobustAutoencoder(Detector):
 
         R = X - D(E(L)),    S_i = max(0, 1 - lambda / |R_i|_2) R_i,    L = X - S
 
-    The anomaly score of any image is |x - D(E(x))|_2. Training images with S_i != 0 are those it takes for anomalies
-    (`rejected_images`), after every round.
+    The first term is a mean square over pixels and images. The anomaly score of any image is |x - D(E(x))|_2. Training
+    images with S_i != 0 after the last round are those it takes for anomalies (`rejected_images`).
 
     *Where we differ from the authors' code:* they choose lambda by the labels of the very images they detect in; here
     it is the (1 - ``contamination``) quantile of |R_i| after the first round, so that S takes the share of images that
@@ -90,6 +90,10 @@ class RobustAutoencoder(Detector):
     def players(self) -> Mapping[str, Sequence[nn.Module]]:
         return {"autoencoder": [self.autoencoder]}
 
+    def before_fit(self, images: Tensor) -> None:
+        if self.contamination and (self.training_images.everything().index < 0).any():
+            raise ValueError("this method keeps what it takes from each training image: use OneClassData")
+
     def before_epoch(self, epoch: int) -> None:
         if epoch > 1 and (epoch - 1) % self.inner == 0:
             self._shrink()
@@ -103,8 +107,6 @@ class RobustAutoencoder(Detector):
     def _shrink(self) -> None:
         """S from the present autoencoder, and lambda the first time."""
         training = self.training_images.everything()
-        if self.contamination and (training.index < 0).any():
-            raise ValueError("this method keeps what it takes from each training image: use OneClassData")
         x = training.x.flatten(1)  # (N,P)
         explained = x.index_add(0, self.outlier, -self.sparse)
         residual = x - torch.cat([self.autoencoder(some) for some in explained.split(1000)])

@@ -70,7 +70,7 @@ class RotationPrediction(Detector):
         L = 1/3 (CE(rotation) + CE(translation along x) + CE(translation along y))
 
     With p the softmax of each head at what was really done, the score is the negative sum of the three means of p over
-    all 36 views of an image. Their means are its terms.
+    all 36 views of an image. Their negative means are its terms.
 
     *Where we differ from the authors' code:* no image is mirrored at random, so that digits stay digits; a step draws
     one translation an image instead of going through all nine in an epoch nine times as long.

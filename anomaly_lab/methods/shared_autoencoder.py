@@ -49,6 +49,8 @@ class EncoderDecoderEncoder(Detector):
         self, image_shape: Sequence[int], *, width: int, latent_size: int, alpha: float, beta: float, omega: float
     ) -> None:
         super().__init__(image_shape)
+        if not 0 <= omega <= 1:
+            raise ValueError(f"omega={omega}: choose a weight from 0 to 1")
         if beta == 0 and omega != 1:
             raise ValueError("beta=0 trains no second encoder, so there is no latent term to score: set omega=1")
         self.alpha, self.beta, self.omega = alpha, beta, omega
@@ -115,7 +117,7 @@ class Pass:
 
 
 class SharedAutoencoder(Detector):
-    """Two EDEs with shared encoders: EDE2 = (E1, D2, E2) is trained to satisfy, EDE1 = (E1, D1, E2) to expose it.
+    """Two EDEs with shared encoders: EDE1 = (E1, D1, E2) raises the error of x2' = D1(E2(D2(E1(x)))), EDE2 lowers it.
 
     Jia & Liu, "Anomaly detection in images with shared autoencoders", Front. Neurorobotics 16:1046867, 2022. With n
     the number of the epoch, counted from 1, |.| the mean absolute difference and
@@ -132,8 +134,9 @@ class SharedAutoencoder(Detector):
 
     No official code exists; what the paper leaves open is config. *Where we differ:* it prints no floor. Where z2 ~ z,
     x2' ~ x1, so D1's image error has the total weight r - (1 - r) = 2r - 1: as printed that is 2/n - 1, negative from
-    the third epoch on, and D1 is paid for the *worst* reconstruction. ``rec_weight_floor`` above 0.5 keeps it a
-    reconstructor; 0 is the paper as printed. Norms are means, not sums, so alpha and beta mean what they look like.
+    the third epoch on, and D1 is paid for the *worst* reconstruction. ``rec_weight_floor`` above 0.5 keeps D1(z) a
+    reconstruction; 0 is the paper as printed. With alpha 10 or 50 and ``update=alternating`` it does not protect
+    x2' = D1(z2) (experiments/shared_ae_development). Norms are means, not sums, so alpha and beta are what they seem.
 
     Args:
         width: channels after the first convolution (not given in the paper).

@@ -1,4 +1,4 @@
-"""What a small network reaches that is told which training images are anomalous: a ceiling, not a detector.
+"""A small network trained with labelled anomalies: a ceiling, not a detector.
 
 Legend of the shape comments: B images, C channels, S = image size.
 """

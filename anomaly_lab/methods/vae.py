@@ -38,8 +38,8 @@ class VAE(Detector):
         reconstruction  BCE(x, D(mu))
         kl              KL
         elbo            mean_k BCE(x, D(z_k)) + KL,  K samples; this one is the score
-        squared_error   |x - D(mu)|_2^2, which other tables mean by reconstruction: the cross-entropy charges every grey
-                        pixel, a perfect one too, so that it is low where there is little ink
+        squared_error   |x - D(mu)|_2^2, the reconstruction error of other tables. The cross-entropy of a grey pixel is
+                        positive even if it is rebuilt exactly, so it is low for images with few grey pixels
         likelihood      -log 1/K sum_k p(x|z_k) p(z_k) / q(z_k|x), the importance-weighted bound (Burda et al. 2016) of
                         the same samples
 
