@@ -31,6 +31,8 @@ from anomaly_lab.capture import Capture
 from anomaly_lab.methods.shared_autoencoder import EncoderDecoderEncoder
 from anomaly_lab.run import run
 
+pytestmark = pytest.mark.slow
+
 STEPS = 3
 TINY = f"model.budget.epochs=2 model.budget.epoch_steps={STEPS} model.batch_size=48 trainer.progress=false"
 SMALL = "model.detector.width=4"
@@ -106,7 +108,6 @@ def recorded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 # Runs ---------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 def test_runs_abreast_are_those_alone_to_the_bit_and_take_turns_step_by_step(
     tmp_path: Path, data: Path, alone: list[dict[str, bytes]], recorded: list[str]
 ) -> None:
@@ -195,7 +196,6 @@ class Last(Callback):
         self.state = process_state()
 
 
-@pytest.mark.slow
 def test_the_first_run_to_end_leaves_the_others_their_threads_and_their_environment(
     tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -249,7 +249,6 @@ def written(folder: Path) -> dict[str, int]:
     return {str(path): path.stat().st_mtime_ns for path in folder.rglob("*") if path.is_file()}
 
 
-@pytest.mark.slow
 def test_a_sweep_goes_on_beside_a_failure_and_a_repeated_one_makes_only_what_is_missing(
     lab: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -330,7 +329,6 @@ def test_a_mistake_gets_one_line(lab: Command, words: str, message: str) -> None
 PROGRAM = "import sys; from anomaly_lab.cli import train; sys.argv[0] = 'anomaly-lab'; train()"
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(1800)  # three starts and three runs, on whatever share of a core
 def test_signals_stop_all_runs_and_the_same_command_goes_on_to_the_same_bits(tmp_path: Path, data: Path) -> None:
     """Real processes: terminated, resumed, interrupted, resumed."""
@@ -509,7 +507,6 @@ def test_the_benchmark_counts_what_is_trained_while_all_runs_are_at_it() -> None
         abreast.rate([[(0.0, 1), (1.0, 2)], [(2.0, 1), (3.0, 2)]])
 
 
-@pytest.mark.slow
 def test_the_benchmark_runs(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from benchmarks import abreast
 

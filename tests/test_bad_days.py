@@ -24,6 +24,8 @@ from anomaly_lab.errors import RunFailed
 from anomaly_lab.predict import load_run
 from anomaly_lab.run import OutOfMemory, run
 
+pytestmark = pytest.mark.slow
+
 TINY = (
     "model.budget.epochs=4 model.budget.epoch_steps=1 model.detector.width=4 trainer.progress=false trainer.threads=1"
 )

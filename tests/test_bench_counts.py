@@ -109,6 +109,7 @@ def test_shared_autoencoders_printed_loop_costs_133_gflop_an_image_with_two_for_
     assert lab == pytest.approx(1186, rel=0.01), "what a loss does not ask for is neither computed nor differentiated"
 
 
+@pytest.mark.slow
 def test_published_models_are_at_full_size_and_need_no_file() -> None:
     assert {"ganomaly", "shared_ae", "piad", "aae", "itsr"} <= set(counts.published())
     assert not any(config.reduced(counts.compose(model)) for model in counts.published())
@@ -141,6 +142,7 @@ def test_scoring_is_the_labs_own_test_pass(tmp_path: Path) -> None:
     assert scorer.mflop() == pytest.approx(104.7, rel=0.01), "three networks of 35 MFLOP"
 
 
+@pytest.mark.slow
 def test_growth_measures_whole_runs_and_what_they_leave_behind(tmp_path: Path) -> None:
     jobs = [
         [*growth._options(tmp_path, 60, 8), f"seed={seed}", "logger=none", "trainer.accelerator=cpu"] for seed in (0, 1)

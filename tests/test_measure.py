@@ -102,6 +102,7 @@ def test_the_terms_of_a_score_are_kept_for_every_image(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.slow
 def test_a_network_that_rebuilds_the_mean_image_explains_no_variance(tmp_path: Path) -> None:
     """A decoder of width 4 after five steps against one after 200: labels are not looked at."""
     small = ["model=autoencoder", "model.detector.width=8", "model.optimizer.lr=2e-3", "model.budget.epochs=4"]
