@@ -78,7 +78,8 @@ def measure(job: Job, detector: Detector, data: OneClassData, history: Sequence[
     found, kinds = of_scores(job, data, val_score, score, decided)
     found["oracle_auroc"] = best["oracle_auroc"]
     if trainer.measure_leak:
-        found |= batch_norm_leak(detector, data)
+        assert found["auroc"] is not None
+        found |= batch_norm_leak(detector, data, found["auroc"])
         found["oracle_sorted_best_auroc"] = best["oracle_sorted_auroc"]
     rows, sets = _rejected(detector, data)
     return Measured(
@@ -224,13 +225,16 @@ def _rejected(detector: Detector, data: OneClassData) -> tuple[list[dict[str, An
     return rows, sets
 
 
-def batch_norm_leak(detector: Detector, data: OneClassData) -> dict[str, float]:
+def batch_norm_leak(detector: Detector, data: OneClassData, auroc: float) -> dict[str, float]:
     """AUROC of scores taken with batch norm in training mode: on the test set mixed, and sorted by truth.
 
     The second is what published code of GANomaly's family does: a batch of only normals, or only anomalies, is
-    normalised by its own statistics, so its members' scores depend on their neighbours' label. Never a result.
+    normalised by its own statistics, so its members' scores depend on their neighbours' label. Never a result. Without
+    batch norm both are ``auroc``, the honest one.
     """
     layers = [module for module in detector.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
+    if not layers:  # nothing looks at a batch (`refuse_company`)
+        return {"oracle_shuffled_auroc": auroc, "oracle_sorted_auroc": auroc}
     tracking_statistics = [layer.track_running_stats for layer in layers]
     loader, truth = data.loader("test"), torch.from_numpy(data.partition.test_truth)
     by_truth = torch.argsort(truth, stable=True)
@@ -278,7 +282,7 @@ class WatchTest(Callback):
                 return {"oracle_auroc": math.nan}
             found = {"oracle_auroc": scored.compute()["auroc"]}
             if "oracle_sorted_auroc" in names:
-                found |= batch_norm_leak(detector, data)
+                found |= batch_norm_leak(detector, data, found["oracle_auroc"])
             return {name: found[name] for name in names}
 
         self._look = look  # a closure: no attribute leads from here to the data

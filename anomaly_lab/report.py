@@ -254,6 +254,8 @@ def _extras(frame: pd.DataFrame) -> list[_Extra]:
         part = short[short[column].notna() & (short[column] != "")]
         if len(part):
             extra = make(part)
+            if not extra.rows:
+                continue
             found.append(extra._replace(note=f"{extra.note} All with {', '.join(common)}.") if common else extra)
     return found
 
@@ -307,6 +309,7 @@ _LEAKS = {
 
 def _leaks(frame: pd.DataFrame) -> _Extra:
     rows = []
+    frame = frame[(frame["oracle_sorted_auroc"] != frame["auroc"]) | frame["oracle_auroc"].notna()]  # has batch norm
     for name, part in frame.groupby("label", sort=False):
         runs = [*part.itertuples()]
         means = part[[*_LEAKS]].mean(skipna=False)  # over the same runs in every column, or not at all

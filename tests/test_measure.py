@@ -75,7 +75,7 @@ def test_the_leak_is_that_of_a_test_set_sorted_by_truth(tmp_path: Path) -> None:
     data = make_data(config.job(cfg))
     made = Brightness(data.image_shape)
     before = {name: buffer.clone() for name, buffer in made.norm.named_buffers()}
-    found = batch_norm_leak(made, data)
+    found = batch_norm_leak(made, data, 0.5)
     assert found["oracle_shuffled_auroc"] > 0.95 and found["oracle_sorted_auroc"] < 0.7
     assert all(torch.equal(buffer, before[name]) for name, buffer in made.norm.named_buffers())
     assert made.norm.track_running_stats and not made.norm.training

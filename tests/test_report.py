@@ -372,6 +372,7 @@ def test_the_leak_of_batch_norm_is_shown_as_no_result(runs: Runs) -> None:
     runs.add(0.6, model="ganomaly_small", metrics=leak, oracle=0.7)
     runs.add(0.8, model="ganomaly_small", metrics=leak, oracle=0.8, c=9)
     runs.add(0.9, model="ede_small", metrics=dict(list(leak.items())[:2]))  # not watched
+    runs.add(0.9, model="knn", metrics={"oracle_shuffled_auroc": 0.9, "oracle_sorted_auroc": 0.9})  # no batch norm
     text = report.markdown(report.sections(results.read(runs.root)))
     assert "None but the first is a result." in text
     _, _, ede, mean, *both = lines(text.split("is a result.")[1].split("\n\n")[1])
