@@ -392,6 +392,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON")
     parser.add_argument("--page", type=Path, help="Markdown")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts this in the background ignores it
     kinds = ["the command", "a worker of the parallel launcher", "the main process of the parallel launcher"]
     commands = [*itertools.islice(itertools.cycle(kinds), arguments.commands)]
 
