@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["load_run"]
+__all__ = ["AnomalyDetector", "load_run"]
 
 if TYPE_CHECKING:
+    from anomaly_lab.estimator import AnomalyDetector
     from anomaly_lab.predict import load_run
 
 
@@ -17,4 +18,8 @@ def __getattr__(name: str) -> Any:
         from anomaly_lab.predict import load_run
 
         return load_run
+    if name == "AnomalyDetector":
+        from anomaly_lab.estimator import AnomalyDetector
+
+        return AnomalyDetector
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -105,7 +105,7 @@ def _stages(cfg: DictConfig) -> dict[str, int]:
     return {str(name): int(epochs) for name, epochs in stages.items()}
 
 
-def _epochs(cfg: DictConfig, data: OneClassData) -> int:
+def epochs(cfg: DictConfig, data: OneClassData) -> int:
     """The budget in whole epochs; a budget of steps is rounded up. 0 for a method without an optimiser."""
     if cfg.model.optimizer is None:
         return 0
@@ -142,7 +142,7 @@ def make_trainer(
         accelerator=cfg.trainer.accelerator,
         devices=1,
         precision="bf16-mixed" if precision == "bf16-mixed" else "32-true",
-        max_epochs=_epochs(cfg, data),
+        max_epochs=epochs(cfg, data),
         callbacks=[*own, *callbacks],
         # Under Slurm, Lightning's own environment would answer signals with checkpoints that later calls pick up.
         plugins=[_WholeFiles(), LightningEnvironment()],

@@ -78,7 +78,7 @@ class FittedDetector:
         Raises:
             ValueError: the method has no rule of its own and the run had too few held-out normals for a threshold.
         """
-        decided = self._decisions(images, self.score(images))
+        decided = self.decisions(images, self.score(images))
         if decided is None:
             raise ValueError("this run held out too few normal images for a threshold: use the scores")
         return decided
@@ -123,7 +123,8 @@ class FittedDetector:
         empty = np.zeros((0, self.prepare.channels or self.stored_shape[0], size, size), np.float32)
         return empty if found is None else found
 
-    def _decisions(self, images: NDArray[np.uint8], scores: NDArray[np.float32]) -> NDArray[np.bool_] | None:
+    def decisions(self, images: NDArray[np.uint8], scores: NDArray[np.float32]) -> NDArray[np.bool_] | None:
+        """As `decide`, of images with these ``scores``; None where there is neither a rule nor a threshold."""
         own = self._each(self.detector.decide, images)
         if own is not None:
             return own.astype(np.bool_, copy=False)
@@ -303,7 +304,7 @@ def score_files(
         left_out = {fault.where for fault in broken}
         some = [file for file in files[start : start + FILES_AT_ONCE] if str(file) not in left_out]
         scores = fitted.score(images)
-        decided = fitted._decisions(images, scores)
+        decided = fitted.decisions(images, scores)
         words = [""] * len(some) if decided is None else np.where(decided, "anomalous", "normal").tolist()
         rows += [(cell(str(path)), f"{score:.9g}", word) for path, score, word in zip(some, scores, words, strict=True)]
         if heat_maps is not None:

@@ -175,12 +175,7 @@ class Split(ABC):
                 f"{images.name} has {len(normals)} normal training images for {self.role} class {name!r}: "
                 f"at least {FEWEST_NORMALS} are needed"
             )
-        held_out = max(5, int(Fraction(str(self.val_share)) * len(normals)))  # exact: .29 of 100 are 29
-        if len(normals) - held_out < 5:
-            rest = f"{len(normals) - held_out} of {len(normals)}"
-            raise ValueError(f"split.val_share={self.val_share} leaves {rest} normals to train on: lower it")
-        val = self._draw(images, normals, held_out, "val", seed)
-        normals = _without(normals, val)
+        normals, val = self.hold_out(images, normals, seed)
         draw = f"contamination of {name}"
         added = self._anomalies(self.contamination, images, parts.train_anomalous, anomalous, draw, len(normals), seed)
         train = np.sort(np.concatenate([normals, added]))
@@ -219,6 +214,15 @@ class Split(ABC):
     def targets(self, images: Images) -> tuple[int, ...]:
         """Indices of the classes that this protocol accepts, in the order of its table."""
         return tuple(range(len(self.classes(images))))
+
+    def hold_out(self, images: Images, normals: Indices, seed: int) -> tuple[Indices, Indices]:
+        """What trains of the training normals, and what is held out."""
+        count = max(5, int(Fraction(str(self.val_share)) * len(normals)))  # exact: .29 of 100 are 29
+        if len(normals) - count < 5:
+            rest = f"{len(normals) - count} of {len(normals)}"
+            raise ValueError(f"split.val_share={self.val_share} leaves {rest} normals to train on: lower it")
+        val = self._draw(images, normals, count, "val", seed)
+        return _without(normals, val), val
 
     def title(self, images: Images, target: Target) -> str:
         """The name of a class; of several the names, in the order of the alphabet."""

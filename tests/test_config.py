@@ -195,6 +195,7 @@ ALLOWED = {
     "detector": {"batches", "course", "players", "randomness", "turns"},
     "build": {"capture", "config", "course", "data", "detector", "features", "files", "players", "randomness", "turns"},
     "cli": {"errors", "files"},
+    "estimator": {"build", "config", "data", "datasets", "metrics", "predict", "splits", "switches"},
     "features": {"datasets", "errors", "files"},
     "figures": {"files", "metrics"},
     "measure": {"build", "config", "course", "data", "detector", "errors", "figures", "metrics"},
@@ -244,7 +245,7 @@ TORCHLESS = {
 # Imports inside functions: what takes seconds or is an extra comes with the first use, so that --help, a dry run and a
 # status report stay quick; and what looks at configurations only where there are any.
 LATE = {
-    "__init__": {"predict"},
+    "__init__": {"estimator", "predict"},
     "config": {"datasets"},
     "cli": {"config", "files", "networks", "pictures", "predict", "report", "sweep", "testing"}
     | {"hydra", "numpy", "omegaconf", "torch", "tqdm"},

@@ -168,7 +168,9 @@ def test_a_file_whose_name_is_a_formula_is_text_among_the_scores(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     fitted: Any = SimpleNamespace(
-        read=lambda some: some, score=lambda images: np.zeros(len(images)), _decisions=lambda images, scores: None
+        read=lambda some, broken: some,
+        score=lambda images: np.zeros(len(images)),
+        decisions=lambda images, scores: None,
     )
     predict.score_files(fitted, [Path("=cmd.png")], tmp_path / "scores.csv")
     assert (tmp_path / "scores.csv").read_text() == "image,score,decision\n'=cmd.png,0,\n"

@@ -1,0 +1,200 @@
+"""Any method as an estimator over arrays, with the names of scikit-learn and PyOD.
+
+Legend of the shape comments: N images, C channels, H×W pixels, D = C·H·W.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from lightning import Trainer
+from numpy.typing import ArrayLike, NDArray
+from sklearn.base import BaseEstimator, OutlierMixin
+from sklearn.utils.validation import check_is_fitted
+
+from anomaly_lab import config, metrics, switches
+from anomaly_lab.build import epochs, make_detector, make_prepare
+from anomaly_lab.data import OneClassData
+from anomaly_lab.datasets import Images
+from anomaly_lab.predict import FittedDetector
+from anomaly_lab.splits import Official, Partition, Target
+
+NOT_OF_ARRAYS = ("model", "size", "seed", "dataset", "experiment", "normal_class", "abnormal_class")
+"""Keys that are parameters of the estimator, or that its arrays stand for."""
+
+
+@dataclass(frozen=True)
+class _Everything(Official):
+    """All images are normal and train, but for those that `Official` would hold out of a class ``normal``."""
+
+    @classmethod
+    def _misfit(cls, images: Images) -> str:
+        return "is no array"  # so that it is nobody's advice
+
+    def resolve(self, images: Images, named: Any) -> Target:
+        return 0
+
+    def __call__(self, images: Images, target: Target, seed: int) -> Partition:
+        train, val = self.hold_out(images, np.arange(len(images)), seed if self.seed is None else self.seed)
+        none, no_truth = np.zeros(0, np.int64), np.zeros(0, np.uint8)
+        return Partition(train, np.zeros(len(train), np.uint8), val, none, no_truth, "", none, none)
+
+
+class AnomalyDetector(OutlierMixin, BaseEstimator):
+    """A method of anomaly_lab over arrays of images: ``fit(X)``, then ``decision_function(X)`` and ``predict(X)``.
+
+    Fitted on the images of a class it has the weights, to the bit on a CPU, and so the scores of the command line's run
+    with ``split=official`` on a data set whose class ``normal`` has these training images, whatever their order.
+    Scores are PyOD's and this package's: higher is more anomalous.
+
+    ``X`` holds pixels from 0 to 255: (N,H,W), (N,H,W,C) or (N,C,H,W), or flat (N,D) as scikit-learn's pipelines have
+    them; numbers that are no bytes are rounded.
+
+    Args:
+        model, size, seed: as on the command line.
+        overrides: further ``key=value``, such as ``model.budget.epochs=3``, ``split.val_share=0.3``.
+        image_shape: (C,H,W) of the rows of a flat ``X``; None: they are square and grey, or else square and colour.
+
+    Attributes:
+        decision_scores_: float32 (N,), the scores of the images of ``fit``.
+        labels_: int (N,), the decisions on them: 1 anomalous, 0 normal; None without a threshold.
+        threshold_: from held-out images of ``fit``, ``trainer.threshold_quantile`` of their scores; None where those
+            are fewer than 20 (raise ``split.val_share``) and the method has no rule of its own.
+        detector_: the fitted detector, to `FittedDetector`'s other methods, such as ``anomaly_map``.
+    """
+
+    def __init__(
+        self,
+        model: str = "shared_ae",
+        size: str = "small",
+        seed: int = 0,
+        overrides: Sequence[str] = (),
+        image_shape: tuple[int, int, int] | None = None,
+    ) -> None:
+        self.model, self.size, self.seed = model, size, seed
+        self.overrides, self.image_shape = overrides, image_shape
+
+    def fit(self, X: ArrayLike, y: object = None) -> AnomalyDetector:
+        """Train on the images ``X`` as normal ones; ``y`` is ignored.
+
+        Raises:
+            ValueError: ``X`` is no array of images, holds too few of them, or the method needs more than images.
+        """
+        pixels = self._pixels(X)
+        given = list(self.overrides)
+        if wrong := [word for word in given if word.split("=")[0].lstrip("+~") in (*NOT_OF_ARRAYS, "split")]:
+            raise ValueError(f"overrides={wrong}: give model, size and seed as arguments; the data are the arrays")
+        cfg = config.compose([f"model={self.model}", f"size={self.size}", f"seed={self.seed}", *given])
+        if cfg.model.members or cfg.model.get("labels"):
+            raise ValueError(f"model={self.model} needs more than normal images: use the command line")
+        images = Images.canonical(
+            pixels, np.zeros(len(pixels), np.int64), np.zeros(len(pixels), bool), ("normal",), name="array"
+        )
+        prepare = make_prepare(cfg)
+        detector = make_detector(cfg, prepare.shape(images.pixels))
+        data = OneClassData(
+            images,
+            _Everything(max_train=cfg.split.max_train, val_share=cfg.split.val_share, seed=cfg.split.seed),
+            0,
+            prepare,
+            batch_size=cfg.model.batch_size,
+            epoch_steps=cfg.model.budget.epoch_steps,
+            score_batch_size=cfg.trainer.score_batch_size,
+            seed=cfg.seed,
+            known=detector.SEMI_SUPERVISED,
+        )
+        precision = cfg.trainer.precision
+        with (
+            tempfile.TemporaryDirectory() as folder,
+            switches.of_a_run(precision, cfg.trainer.threads),
+            warnings.catch_warnings(),
+            torch.random.fork_rng(),
+        ):
+            warnings.simplefilter("ignore")
+            trainer = Trainer(
+                accelerator=cfg.trainer.accelerator,
+                devices=1,
+                precision="bf16-mixed" if precision == "bf16-mixed" else "32-true",
+                max_epochs=epochs(cfg, data),
+                inference_mode=False,
+                default_root_dir=folder,
+                num_sanity_val_steps=0,
+                logger=False,
+                enable_checkpointing=False,
+                enable_progress_bar=False,
+                enable_model_summary=False,
+            )
+            trainer.fit(detector.train(), datamodule=data.fitting(trainer.strategy.root_device))
+        device = trainer.strategy.root_device
+        result: dict[str, Any] = {
+            "stored_shape": list(images.pixels.shape[1:]),
+            "metrics": {"threshold": None},
+            "config": {"trainer": {"precision": precision}},
+            "identity": {"model": self.model},
+        }
+        detector._trainer = None
+        self.detector_ = FittedDetector(detector.to(device).eval(), prepare, result, device)
+        val_score = self.detector_.score(images.pixels[data.partition.val])
+        threshold = metrics.threshold_from_normals(val_score, cfg.trainer.threshold_quantile)
+        result["metrics"]["threshold"] = self.threshold_ = threshold
+        self.decision_scores_ = self.detector_.score(pixels)
+        decided = self.detector_.decisions(pixels, self.decision_scores_)
+        self.labels_ = None if decided is None else decided.astype(int)
+        self.n_features_in_ = math.prod(pixels.shape[1:])
+        return self
+
+    def decision_function(self, X: ArrayLike) -> NDArray[np.float32]:
+        """Anomaly scores float32 (N,), raw; higher is more anomalous."""
+        check_is_fitted(self)
+        return self.detector_.score(self._pixels(X))
+
+    def predict(self, X: ArrayLike) -> NDArray[np.int64]:
+        """1 for images that are called anomalous, 0 for normal ones, int (N,), as PyOD has it.
+
+        Raises:
+            ValueError: there is no threshold, see ``threshold_``.
+        """
+        check_is_fitted(self)
+        return self.detector_.decide(self._pixels(X)).astype(np.int64)
+
+    def fit_predict(self, X: ArrayLike, y: object = None, **more: Any) -> NDArray[np.int64]:
+        """``fit(X)``, then the decisions on ``X``."""
+        return self.fit(X).predict(X)
+
+    def _pixels(self, X: ArrayLike) -> NDArray[np.uint8]:
+        """uint8 (N,C,H,W) of what the user has."""
+        x = np.asarray(X)
+        if x.dtype.kind not in "uif" or x.ndim not in (2, 3, 4) or not len(x):
+            raise ValueError(f"X must be images (N,H,W), (N,H,W,C), (N,C,H,W) or rows (N,D), not {x.dtype} {x.shape}")
+        if x.dtype != np.uint8:
+            x = np.rint(x)
+            if not (np.isfinite(x).all() and x.min() >= 0 and x.max() <= 255):
+                raise ValueError("X must hold pixels from 0 to 255: scale it, and replace what is not finite")
+            x = x.astype(np.uint8)
+        if x.ndim == 2:
+            x = x.reshape(len(x), *self._shape_of_rows(x.shape[1]))
+        elif x.ndim == 3:
+            x = x[:, None]
+        elif x.shape[1] not in (1, 3):
+            x = x.transpose(0, 3, 1, 2)
+        if x.shape[1] not in (1, 3):
+            raise ValueError(f"X has {x.shape[1]} channels: give 1 or 3")
+        return np.ascontiguousarray(x)
+
+    def _shape_of_rows(self, numbers: int) -> tuple[int, int, int]:
+        if self.image_shape is not None:
+            if math.prod(self.image_shape) != numbers:
+                raise ValueError(f"X has rows of {numbers} numbers, image_shape={self.image_shape} has others")
+            return self.image_shape
+        for channels in (1, 3):
+            side = math.isqrt(numbers // channels)
+            if channels * side * side == numbers:
+                return channels, side, side
+        raise ValueError(f"X has rows of {numbers} numbers, of no square image: give image_shape=(C, H, W)")
