@@ -5,6 +5,7 @@ Legend of the shape comments: N images, C channels, H×W pixels, D = C·H·W.
 
 from __future__ import annotations
 
+import logging
 import math
 import tempfile
 import warnings
@@ -118,6 +119,9 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
             torch.random.fork_rng(),
         ):
             warnings.simplefilter("ignore")
+            said = logging.getLogger("lightning.pytorch")
+            level = said.level
+            said.setLevel(logging.WARNING)  # a cross-validation needs no greeting a fold
             trainer = Trainer(
                 accelerator=cfg.trainer.accelerator,
                 devices=1,
@@ -131,7 +135,10 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
                 enable_progress_bar=False,
                 enable_model_summary=False,
             )
-            trainer.fit(detector.train(), datamodule=data.fitting(trainer.strategy.root_device))
+            try:
+                trainer.fit(detector.train(), datamodule=data.fitting(trainer.strategy.root_device))
+            finally:
+                said.setLevel(level)
         device = trainer.strategy.root_device
         result: dict[str, Any] = {
             "stored_shape": list(images.pixels.shape[1:]),

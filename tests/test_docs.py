@@ -5,14 +5,17 @@ from __future__ import annotations
 import functools
 import re
 import subprocess
+import tomllib
 from pathlib import Path
 
 import pytest
+from omegaconf import OmegaConf
 
-from anomaly_lab import config
+from anomaly_lab import __version__, config
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "experiments").glob("*/README.md"))]
+FRONT = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
+PAGES = [*FRONT, *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "experiments").glob("*/README.md"))]
 
 
 def files(page: Path) -> dict[str, tuple[int, str]]:
@@ -114,3 +117,26 @@ def test_nothing_of_one_machine_is_in_the_repository() -> None:
         if name != "tests/test_docs.py" and (ROOT / name).exists():
             found = pattern.search((ROOT / name).read_text())
             assert not found, f"{name}: {found and found.group()}"
+
+
+def test_what_an_archive_asks_for_is_there_and_agrees() -> None:
+    """The citation, the package and the changelog say the same version; the issue form is one that GitHub can show."""
+    citation = OmegaConf.load(ROOT / "CITATION.cff")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert citation.version == project["version"] == __version__ and citation.license == project["license"]
+    assert f"\n## {project['version']}\n" in (ROOT / "CHANGELOG.md").read_text()
+    for key in ("title", "abstract", "keywords", "authors", "date-released", "type", "references"):
+        assert citation[key], key
+    for reference in citation.references:
+        assert reference.title and reference.authors and reference.year
+    form = OmegaConf.load(ROOT / ".github/ISSUE_TEMPLATE/my-figure-differs.yml")
+    assert {"name", "description", "body"} <= set(form)
+    for part in form.body:
+        assert part.type in ("markdown", "input", "textarea", "checkboxes") and part.attributes
+
+
+def test_every_release_says_which_results_changed() -> None:
+    releases = re.split(r"^## ", (ROOT / "CHANGELOG.md").read_text(), flags=re.M)[1:]
+    assert all("### Results changed\n- " in release for release in releases[:-1]), (
+        "the first release has none before it"
+    )

@@ -9,7 +9,7 @@ import pytest
 import torch
 from sklearn.base import clone
 from sklearn.datasets import load_digits
-from sklearn.model_selection import cross_val_score
+from sklearn.model_selection import StratifiedKFold, cross_val_score
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler
 
@@ -65,14 +65,14 @@ def test_it_is_the_run_of_the_command_line(model: str, tmp_path: Path) -> None:
 def test_it_stands_in_pipelines_and_in_cross_validation() -> None:
     pixels, target = digits()
     few = np.flatnonzero(target == 1)[:120]
-    rows, truth = np.concatenate([pixels[few], pixels[target == 0][:30]]), np.repeat([0, 1], [120, 30])
+    rows, truth = np.concatenate([pixels[few], pixels[target != 1][:30]]), np.repeat([0, 1], [120, 30])
     estimator = AnomalyDetector("knn", overrides=["split.val_share=0.3", "trainer.accelerator=cpu"])
     pipeline = make_pipeline(MinMaxScaler((0, 255), clip=True), estimator)
     pipeline.fit(rows[:100].reshape(100, -1))
     scores = pipeline.decision_function(rows.reshape(150, -1))
     assert scores.shape == (150,) and scores[truth == 1].mean() > scores[truth == 0].mean()
     assert set(np.unique(pipeline.predict(rows.reshape(150, -1)))) == {0, 1}
-    aurocs = cross_val_score(estimator, rows, truth, cv=3, scoring="roc_auc")
+    aurocs = cross_val_score(estimator, rows, truth, cv=StratifiedKFold(3), scoring="roc_auc")
     assert aurocs.shape == (3,) and (aurocs > 0.5).all()
     copy = clone(estimator).set_params(seed=3)
     assert copy.get_params()["seed"] == 3 and copy.get_params()["model"] == "knn" and not hasattr(copy, "threshold_")
