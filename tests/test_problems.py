@@ -110,11 +110,11 @@ def stored(images: Images, folder: Path) -> None:
 
 @pytest.fixture
 def sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Data sets "home" (colour, 8x8), "near" (the same) and "far" (grey, 6x5, no test half) with yamls of their own."""
+    """Data sets "base" (colour, 8x8), "near" (the same) and "far" (grey, 6x5, no test half) with yamls of their own."""
     (tmp_path / "conf/dataset").mkdir(parents=True)
     monkeypatch.setenv(config.EXTRA_CONFIGS, str(tmp_path / "conf"))
     for images in (
-        photographs(60, "home", (3, 8, 8)),
+        photographs(60, "base", (3, 8, 8)),
         photographs(30, "near", (3, 8, 8)),
         photographs(20, "far", (1, 6, 5), halves=False),
     ):
@@ -126,8 +126,8 @@ def sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_another_set_is_one_class_in_the_shape_of_the_first(sets: Path) -> None:
-    made = job(sets, "split=ood", "dataset=home", "split.anomalies=[near,far]")
-    assert made.identity["normal_class"] == "all" and made.path.startswith("knn/home/ood/nall/s0-")
+    made = job(sets, "split=ood", "dataset=base", "split.anomalies=[near,far]")
+    assert made.identity["normal_class"] == "all" and made.path.startswith("knn/base/ood/nall/s0-")
     images = config.load_images(made.cfg)
     assert images.class_names == ("cat", "dog", "ship", "far", "near") and images.pixels.shape[1:] == (3, 8, 8)
     assert (images.pixels[images.labels == 3][:, 0] == images.pixels[images.labels == 3][:, 1]).all(), "grey, repeated"
@@ -140,7 +140,7 @@ def test_another_set_is_one_class_in_the_shape_of_the_first(sets: Path) -> None:
 
 
 def test_a_class_of_it_can_be_normal_and_the_others_take_no_part(sets: Path) -> None:
-    made = job(sets, "split=ood", "dataset=home", "split.anomalies=near", "normal_class=dog")
+    made = job(sets, "split=ood", "dataset=base", "split.anomalies=near", "normal_class=dog")
     assert made.identity["normal_class"] == 1
     data = make_data(made)
     assert set(data.images.labels[data.partition.test]) == {1, 3}
@@ -148,7 +148,7 @@ def test_a_class_of_it_can_be_normal_and_the_others_take_no_part(sets: Path) -> 
 
 def test_the_order_in_which_sets_are_named_does_not_count(sets: Path) -> None:
     def out(words: str) -> Path:
-        return job(sets, "split=ood", "dataset=home", f"split.anomalies={words}").out
+        return job(sets, "split=ood", "dataset=base", f"split.anomalies={words}").out
 
     assert out("[near,far]") == out("[far,near]") == out("[far,near,far]") != out("[near]")
     assert out("near") == out("[near]")
@@ -156,10 +156,10 @@ def test_the_order_in_which_sets_are_named_does_not_count(sets: Path) -> None:
 
 def test_near_and_far_have_figures_of_their_own(sets: Path, lab: Command) -> None:
     said = lab(
-        f"model=mean_image split=ood dataset=home split.anomalies=[near,far] data_dir={sets} trainer.progress=false"
+        f"model=mean_image split=ood dataset=base split.anomalies=[near,far] data_dir={sets} trainer.progress=false"
     )
     assert said.code == 0 and "normal class all 3 classes" in said.out
-    [file] = sets.glob("runs/mean_image/home/ood/nall/*/result.json")
+    [file] = sets.glob("runs/mean_image/base/ood/nall/*/result.json")
     result = json.loads(file.read_text())
     assert set(result["by_kind"]["auroc"]) == {"near", "far"}
     assert abs(result["by_kind"]["auroc"]["near"] - 0.5) < 0.15, "the same noise"
@@ -171,7 +171,7 @@ def test_near_and_far_have_figures_of_their_own(sets: Path, lab: Command) -> Non
     [
         ("", "split.anomalies has no value: give split.anomalies=..."),
         ("split.anomalies=nowhere", "there is no dataset=nowhere: choose among"),
-        ("split.anomalies=home", "home cannot have home beside it: name other data sets"),
+        ("split.anomalies=base", "base cannot have base beside it: name other data sets"),
         ("split.anomalies=[]", "split.anomalies is empty: name another data set"),
         ("split.anomalies=near normal_class=near", "has no class 'near': choose name or index among cat (0)"),
         (
@@ -181,7 +181,7 @@ def test_near_and_far_have_figures_of_their_own(sets: Path, lab: Command) -> Non
     ],
 )
 def test_what_cannot_stand_beside_it_is_said(words: str, message: str, sets: Path, lab: Command) -> None:
-    said = lab(f"model=knn split=ood dataset=home data_dir={sets} trainer.progress=false {words}")
+    said = lab(f"model=knn split=ood dataset=base data_dir={sets} trainer.progress=false {words}")
     assert said.code == 2 and said.err.count("\n") == 1 and message in said.err, said.err
 
 
