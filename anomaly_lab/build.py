@@ -8,6 +8,7 @@ import math
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from tqdm import tqdm
 from anomaly_lab import config, turns
 from anomaly_lab.capture import Capture
 from anomaly_lab.config import Job
-from anomaly_lab.data import OneClassData, Prepare
+from anomaly_lab.data import Augment, OneClassData, Prepare
 from anomaly_lab.detector import Detector
 from anomaly_lab.features import FeatureStore
 from anomaly_lab.files import refuse_bomb, write_whole
@@ -40,8 +41,26 @@ def make_prepare(cfg: DictConfig) -> Prepare:
     """The preprocessing ``model.input`` describes."""
     given = OmegaConf.to_container(cfg.model.input, resolve=True)
     assert isinstance(given, dict)
+    given.pop("augment", None)  # of training batches alone
     (low, high), features = given.pop("range"), instantiate(given.pop("features", None), _convert_="all")
     return Prepare(value_range=(low, high), features=features, **{str(key): value for key, value in given.items()})
+
+
+def make_augment(cfg: DictConfig) -> Augment | None:
+    """How training images are changed.
+
+    Raises:
+        ValueError: ``model.input.augment`` has a key that there is not, or would be captured.
+    """
+    given = cfg.model.input.get("augment")
+    if given is None:
+        return None
+    if not OmegaConf.is_dict(given) or (wrong := set(map(str, given)) - {field.name for field in fields(Augment)}):
+        named = ", ".join(sorted(wrong)) if OmegaConf.is_dict(given) else given
+        raise ValueError(f"model.input.augment has no {named}: give some of shift, flip, crop and rotation, or null")
+    if cfg.trainer.capture:
+        raise ValueError("model.input.augment: a captured step would repeat its first draws: set trainer.capture=false")
+    return Augment(**{str(key): value for key, value in given.items()})
 
 
 def make_data(job: Job) -> OneClassData:
@@ -66,6 +85,7 @@ def make_data(job: Job) -> OneClassData:
         features=FeatureStore(images, prepare, kept, cfg.trainer.feature_cache_gb * 1e9),
         labels=bool(cfg.model.get("labels")),
         known=config.semi_supervised(job),
+        augment=make_augment(cfg),
     )
 
 

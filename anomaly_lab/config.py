@@ -59,7 +59,7 @@ OF_STEPS = ("model.budget.", "model.batch_size", "model.scheduler", "model.clip"
 so an experiment's grid may change them and include such a method once."""
 
 LATER = {
-    **{"model.input.features": None, "model.members": None},
+    **{"model.input.features": None, "model.input.augment": None, "model.members": None},
     **{"split.known.rate": 0, "split.known.classes": None, "split.val_share": 0.1, "dataset.skip_broken": False},
     "model.detector.svm_sees": "in_use",
 }

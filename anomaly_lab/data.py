@@ -6,9 +6,10 @@ Legend of the shape comments: N images of a set, B in a batch, C channels, S = s
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -111,6 +112,46 @@ class Prepare:
         return ((x - low) / (high - low)).clamp(0, 1)
 
 
+@dataclass(frozen=True)
+class Augment:
+    """Each training image shifted, mirrored, cropped and turned anew in every batch, by one affine map.
+
+    Bilinear; what comes from outside of the image is its nearest border pixel.
+
+    Args:
+        shift: most pixels along each axis, either way.
+        flip: mirror half of the images, left to right.
+        crop: least side of the part that is stretched to the whole image, as a share of its side; 1 crops nothing.
+        rotation: most degrees, either way.
+    """
+
+    shift: float = 0
+    flip: bool = False
+    crop: float = 1
+    rotation: float = 0
+
+    def __post_init__(self) -> None:
+        if self.shift < 0 or self.rotation < 0 or not 0 < self.crop <= 1 or type(self.flip) is not bool:
+            raise ValueError(
+                "model.input.augment: give shift (pixels) and rotation (degrees) from 0, crop above 0 up to 1, "
+                "flip true or false"
+            )
+
+    def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        """x (B,C,S,S), on any device; ``generator`` of the CPU, so that every device sees the same maps."""
+        drawn = torch.rand((7, len(x)), generator=generator) * 2 - 1  # from -1 to 1
+        side = 1 - (1 - self.crop) * (drawn[0] + 1) / 2
+        angle = drawn[1] * math.radians(self.rotation)
+        mirror = torch.where(drawn[2] > 0, -1.0, 1.0) if self.flip else torch.ones(len(x))
+        # Of the output's coordinates, from -1 to 1 over the image, to the input's.
+        offset = drawn[3:5] * (1 - side) + drawn[5:7] * (2 * self.shift / x.shape[-1])
+        across = torch.stack([mirror * side * angle.cos(), -side * angle.sin(), offset[0]], 1)
+        down = torch.stack([mirror * side * angle.sin(), side * angle.cos(), offset[1]], 1)
+        theta = torch.stack([across, down], 1).to(x)  # (B,2,3)
+        grid = F.affine_grid(theta, list(x.shape), align_corners=False)
+        return F.grid_sample(x, grid, padding_mode="border", align_corners=False)
+
+
 def as_stored(features: Tensor) -> Tensor:
     """What a method sees of features that are stored: float16 (B,F,h,w) -> float32."""
     return features.float()
@@ -184,16 +225,21 @@ class EpochImages:
 
     Args:
         epoch_steps: an epoch has at least so many steps, see `OneClassData`.
+        augment: changes the images of batches, not those of ``everything``; an epoch's draws depend on ``seed`` and
+            its number alone, too.
     """
 
-    def __init__(self, images: Loader, batch_size: int, *, seed: int, epoch_steps: int) -> None:
-        self.batch, self.everything = images.batch, images.everything
+    def __init__(
+        self, images: Loader, batch_size: int, *, seed: int, epoch_steps: int, augment: Augment | None = None
+    ) -> None:
+        self._images, self._augment, self.everything = images, augment, images.everything
         self._pixels, self._batch_size, self._seed, self._epoch_steps = images.pixels, batch_size, seed, epoch_steps
         self.begin(1, None, None)
 
     def begin(self, epoch: int, allowed: Tensor | None, seconds_per_step: float | None) -> None:
         self._epoch = epoch
         self._allowed = torch.arange(len(self._pixels)) if allowed is None else allowed.cpu()
+        self._drawn = self._stream(0, 1)
         self.order = self._order_of(0)
         self.at_once = max(int(STEPS_SECONDS / seconds_per_step), 1) if seconds_per_step else 1
 
@@ -208,6 +254,11 @@ class EpochImages:
             yield _Steps(self, start)
             start += self.at_once
 
+    def batch(self, positions: Tensor) -> Batch:
+        """The images at ``positions`` (B,), prepared and augmented, on the device."""
+        batch = self._images.batch(positions)
+        return batch if self._augment is None else batch._replace(x=self._augment(batch.x, self._drawn))
+
     def steps(self, item: _Steps) -> Sequence[Tensor]:
         return item.positions
 
@@ -215,12 +266,14 @@ class EpochImages:
         for stream in itertools.count(1):
             yield from self._order_of(stream)
 
+    def _stream(self, *purpose: int) -> torch.Generator:
+        """A stream of its own for every epoch, independent of validation passes and resumes."""
+        state = np.random.SeedSequence([self._seed, self._epoch - 1, *purpose]).generate_state(1, np.uint64)[0]
+        return torch.Generator().manual_seed(int(state >> 1))
+
     def _order_of(self, stream: int) -> list[Tensor]:
         """Positions (B,) of each batch of the epoch: stream 0 is the training order, the others are independent."""
-        # A stream of its own for every epoch, independent of validation passes and resumes.
-        entropy = [self._seed, self._epoch - 1, stream] if stream else [self._seed, self._epoch - 1]
-        state = np.random.SeedSequence(entropy).generate_state(1, np.uint64)[0]
-        generator = torch.Generator().manual_seed(int(state >> 1))
+        generator = self._stream(stream) if stream else self._stream()
         images, size = self._allowed, self._batch_size
         steps = max(len(images) // size, 1)
         passes = 1 if steps >= self._epoch_steps else -(-self._epoch_steps * size // len(images))
@@ -274,9 +327,10 @@ class OneClassData(LightningDataModule):
             supervised ceiling: a one-class method never sees either.
         known: train on the known anomalies too (`Partition.with_known`), marked in every batch: for methods that are
             `SEMI_SUPERVISED`, and for no other.
+        augment: of training batches; None: they show the images as they are.
 
     Raises:
-        ValueError: ``labels`` under a protocol that tests on all anomalies.
+        ValueError: ``labels`` under a protocol that tests on all anomalies; ``augment`` of fixed features.
     """
 
     def __init__(
@@ -293,6 +347,7 @@ class OneClassData(LightningDataModule):
         features: FeatureStore | None = None,
         labels: bool = False,
         known: bool = False,
+        augment: Augment | None = None,
     ) -> None:
         super().__init__()
         if epoch_steps < 1:
@@ -309,7 +364,9 @@ class OneClassData(LightningDataModule):
                 f"model.batch_size={batch_size} has each of the {len(self.partition.train)} training images "
                 f"{batch_size // len(self.partition.train)} times: lower it"
             )
-        self._labels, self._known = labels, known
+        if augment is not None and prepare.features is not None:
+            raise ValueError("model.input.augment: fixed features are computed once for each image: set one to null")
+        self._labels, self._known, self._augment = labels, known, augment
         self.batch_size, self._epoch_steps, self._score_batch_size = (
             batch_size,
             epoch_steps,
@@ -340,7 +397,8 @@ class OneClassData(LightningDataModule):
         truth = torch.from_numpy(parts.train_truth).to(pixels.device) if self._labels else None
         known = torch.from_numpy(np.isin(parts.train, parts.known)).to(pixels.device) if self._known else None
         images = Loader(pixels, index, self._as_seen, self.batch_size, self._device(), truth, known)
-        return EpochImages(images, self.batch_size, seed=self._seed, epoch_steps=self._epoch_steps)
+        more: dict[str, Any] = {"seed": self._seed, "epoch_steps": self._epoch_steps, "augment": self._augment}
+        return EpochImages(images, self.batch_size, **more)
 
     def val_dataloader(self) -> list[Loader]:
         """The held-out normals."""

@@ -21,7 +21,7 @@ from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils.validation import check_is_fitted
 
 from anomaly_lab import config, metrics, switches
-from anomaly_lab.build import epochs, make_detector, make_prepare
+from anomaly_lab.build import epochs, make_augment, make_detector, make_prepare
 from anomaly_lab.data import OneClassData
 from anomaly_lab.datasets import Images
 from anomaly_lab.predict import FittedDetector
@@ -110,6 +110,7 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
             score_batch_size=cfg.trainer.score_batch_size,
             seed=cfg.seed,
             known=detector.SEMI_SUPERVISED,
+            augment=make_augment(cfg),
         )
         precision = cfg.trainer.precision
         with (
