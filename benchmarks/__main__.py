@@ -26,7 +26,7 @@ import torch
 from anomaly_lab import config, switches
 from anomaly_lab.files import write_whole
 
-SECTIONS = ("machine", "training", "peers", "counts", "scoring", "growth", "startup", "abreast")
+SECTIONS = ("machine", "training", "peers", "shallow", "counts", "scoring", "growth", "startup", "abreast")
 """Modules of `benchmarks`, each with ``measure(device, quick)``, in the order in which they are measured."""
 
 PARTS = {"training": "model", "growth": "what"}

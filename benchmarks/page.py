@@ -29,6 +29,7 @@ TITLES = {
     "machine": "The machine's peaks",
     "training": "Throughput: the lab beside bare loops",
     "peers": "Throughput beside other packages",
+    "shallow": "k-NN and PCA beside PyOD's, at equal scores",
     "abreast": "Many models at once",
     "startup": "Start-up",
     "scoring": "Scoring",

@@ -24,7 +24,7 @@ from anomaly_lab import build, config
 from anomaly_lab.data import OneClassData
 from anomaly_lab.detector import Batch, Detector
 from benchmarks import __main__ as main
-from benchmarks import compare, peers, training
+from benchmarks import compare, peers, shallow, training
 from benchmarks.bare import LOOPS, PASSES, Bare
 from benchmarks.published import Published
 
@@ -236,6 +236,21 @@ def test_the_lab_is_measured_beside_pyod() -> None:
     pytest.importorskip("pyod", reason=f"pyod is not installed: {peers.INSTALL}")
     row = peers.against_pyod([8, 4], batch_size=16, steps=3, pairs=1)
     assert row["hidden"] == [8, 4] and row["pairs"] == 1 and row["ratio_cpu"]["median"] > 0
+
+
+def test_neighbours_and_components_have_pyods_scores() -> None:
+    pytest.importorskip("pyod", reason=f"pyod is not installed: {peers.INSTALL}")
+    cfg = config.compose(["model=knn", "dataset=digits", "normal_class=3", "model.input.size=8"])
+    rows = shallow.compared(build.make_data(config.job(cfg)), 1, "cpu")
+    assert [(row["against"], row["what"]) for row in rows] == [
+        *(("PyOD KNN", what) for what in ("fitting", "scoring")),
+        *(("PyOD PCA", what) for what in ("fitting", "scoring")),
+    ]
+    for row in rows:
+        assert row["largest_difference_in_std"] < 1e-4 and row["auroc_ours"] == pytest.approx(
+            row["auroc_theirs"], abs=1e-5
+        )
+        assert row["ours_seconds"] > 0 and row["theirs_seconds"] > 0
 
 
 def test_the_lab_is_measured_beside_anomalib() -> None:
