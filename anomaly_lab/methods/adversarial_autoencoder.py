@@ -187,9 +187,9 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
     Each round rejects about the share nu of what is left, so ten rounds of 2 % reject about 18 % (1 - 0.98^10) of the
     images, however many of them are anomalies.
 
-    *Where the material is silent:* whether the SVM sees the rejected images again (``svm_sees``; by default not;
-    experiments/itsr_readings has both); the value of ``w_anomaly``; and what bounds a negatively weighted adversarial term,
-    which has no minimum: here it counts no further than ``adversarial_cap``.
+    *Where the material is silent:* whether the SVM sees the rejected images again (``svm_sees``; by default not,
+    experiments/itsr_readings has both); the value of ``w_anomaly``; and what bounds a negatively weighted adversarial
+    term, which has no minimum: here it counts no further than ``adversarial_cap``.
 
     Args:
         rounds: rounds of detection; the epochs of the stage ``detect`` must be a multiple.
