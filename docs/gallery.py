@@ -1,0 +1,123 @@
+"""Write docs/methods.md: of every method its docstring, its sizes, and what it costs and detects in `everything`.
+
+python docs/gallery.py
+"""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import re
+import textwrap
+from collections.abc import Iterator
+from pathlib import Path
+from statistics import median
+
+import pandas as pd
+from hydra.utils import get_class
+from omegaconf import OmegaConf
+
+from anomaly_lab import config, results
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs/methods.md"
+RESULTS = ROOT / "experiments/everything/results.csv"
+
+HEAD = """\
+<!-- Written by docs/gallery.py from docstrings, conf/model and the results of experiments/everything: edit those. -->
+# The methods
+
+Every method with the equations that it computes, its source, and where it differs from its public code. The tables name
+the configurations of each (`anomaly-lab model=NAME`): what differs between `size=full` and `size=small`; then, at the
+small size, what a run of [everything](../experiments/everything/README.md) took for training and scoring (wall time on
+a busy machine, an upper bound), its epochs, and its AUROC on digits {digits} and on CIFAR-10's {other}, where
+`mean_image`, `pca` and `knn` are the floors; what is empty has not been run. Published are means over all classes at
+the full size, with their status: another experiment than the columns before them.
+"""
+
+
+def page() -> str:
+    """The whole page."""
+    frame = results.read_csv(RESULTS)
+    problems = sorted(
+        {(run.dataset, run.normal_class, run.class_name) for run in frame.itertuples()},
+        key=lambda problem: (problem[0] != "mnist", problem[1]),
+    )
+    digits = ", ".join(name for dataset, _, name in problems if dataset == "mnist")
+    other = ", ".join(name for dataset, _, name in problems if dataset != "mnist")
+    sections = dict[str, list[str]]()
+    for path in sorted((config.CONFIG_DIR / "model").glob("*.yaml")):
+        sections.setdefault(said(path.stem, "detector._target_") or "", []).append(path.stem)
+    out = [HEAD.format(digits=digits, other=other)]
+    named = {target: target.rpartition(".")[2] or "Fused" for target in sections}
+    out += [" · ".join(f"[{name}](#{name.lower()})" for name in sorted(named.values(), key=str.lower)), ""]
+    for target, models in sorted(sections.items(), key=lambda item: named[item[0]].lower()):
+        out += [f"## {named[target]}", "", *(documented(get_class(target)) if target else []), ""]
+        out += table(models, frame, problems)
+    return "\n".join(out).rstrip() + "\n"
+
+
+def text(model: str) -> str:
+    return (config.CONFIG_DIR / "model" / f"{model}.yaml").read_text(encoding="utf-8")
+
+
+def said(model: str, key: str) -> str | None:
+    """What a model's yaml says, or the one that it starts from."""
+    found = OmegaConf.create(text(model))
+    value = OmegaConf.select(found, key)
+    bases = [base for base in found.get("defaults", []) if base != "_self_"]
+    return str(value) if value is not None else said(bases[0], key) if bases else None
+
+
+def documented(cls: type) -> Iterator[str]:
+    """The class's docstring without its arguments; indented lines are equations."""
+    whole = (inspect.getdoc(cls) or "").partition("\nArgs")[0]
+    for equations, lines in itertools.groupby(whole.splitlines(), key=lambda line: line.startswith("    ")):
+        if block := "\n".join(lines).strip("\n"):
+            yield f"```text\n{textwrap.dedent(block)}\n```\n" if equations else f"{block}\n"
+
+
+def table(models: list[str], frame: pd.DataFrame, problems: list[tuple[str, int, str]]) -> Iterator[str]:
+    """The configurations of one class."""
+    header = ["`model=`", "what", "full / small", "s a run", "epochs"]
+    header += [f"{dataset} {name}" for dataset, _, name in problems] + ["published"]
+    yield f"| {' | '.join(header)} |"
+    yield f"| --- | --- | --- |{' ---: |' * (len(header) - 4)} --- |"
+    for model in models:
+        runs = frame[frame["method"] == model]
+        cost = [f"{median(runs['seconds']):.0f}", f"{runs['epochs'].iloc[0]}"] if len(runs) else ["", ""]
+        found = [runs[(runs["dataset"] == d) & (runs["normal_class"] == c)]["auroc"] for d, c, _ in problems]
+        cells = [f"{one.iloc[0]:.3f}" if len(one) else "" for one in found]
+        row = [f"`{model}`", first_sentence(model), sizes(model), *cost, *cells, published(model)]
+        yield f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |"
+    yield ""
+
+
+def first_sentence(model: str) -> str:
+    """Of the note at the top of the model's yaml."""
+    note = itertools.takewhile(lambda line: line.startswith("#"), text(model).splitlines())
+    words = itertools.takewhile(lambda line: not line.startswith("#   "), note)  # its commands
+    joined = " ".join(line.removeprefix("#").strip() for line in words)
+    return re.split(r"; |[.:] (?=[A-Z])", joined)[0].rstrip(".")
+
+
+def sizes(model: str) -> str:
+    """What the yaml gives two values: ``width 64 / 16``."""
+    pairs = re.findall(r"([\w-]+): \"?\$\{size:((?:\[[^]]*\])|[^,}]*),([^}]*)\}", text(model))
+    return ", ".join(f"{key} {full} / {small}" for key, full, small in pairs)
+
+
+def published(model: str) -> str:
+    """Means over classes, by data set and split."""
+    method = said(model, "published") or model
+    means = []
+    for dataset in ("mnist", "fashion_mnist", "cifar10", "cifar100", "coil100"):
+        for split in ("official", "pooled", "coil", "subclass", "superclass"):
+            if figure := results.published(method, dataset, split).get("mean"):
+                setting = f", {figure.setting}" if figure.setting else ""
+                means.append(f"{dataset} {split} {figure.value:.3f} ({figure.status}{setting})")
+    return "; ".join(means)
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
