@@ -3,7 +3,7 @@ BIN := .venv/bin
 
 # Two processes share the tests (make test WORKERS=8: eight); each takes about 1 GB and its share of the cores.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal
+PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 15
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-ray test-all soak bench bench-gpu lint package format clean

@@ -208,10 +208,10 @@ def test_a_steady_step_never_waits_for_the_device(model: str) -> None:
 
 def without_trainer(cfg: DictConfig) -> tuple[Detector, Batch, dict[str, Player]]:
     made = make_detector(cfg, (1, 32, 32)).train()
-    x = torch.rand(4, 1, 32, 32, generator=torch.Generator().manual_seed(0))
-    given = Batch(x, torch.arange(4))
+    x = torch.rand(12, 1, 32, 32, generator=torch.Generator().manual_seed(0))
+    everything, given = Batch(x, torch.arange(12)), Batch(x[:4], torch.arange(4))
     made.next_batch = lambda: given  # type: ignore[method-assign]
-    made._images = SimpleNamespace(everything=lambda: given)  # type: ignore[assignment]
+    made._images = SimpleNamespace(everything=lambda: everything)  # type: ignore[assignment]
     if made.has("before_fit"):
         with looking(made):
             made.before_fit(x)

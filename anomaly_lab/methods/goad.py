@@ -73,9 +73,9 @@ class GOAD(Detector):
         f = self.features(views)  # (KB,d)
         named = F.cross_entropy(self.classifier(f), right)
         distance = distances(f, f.view(count, len(batch.x), -1).mean(1))  # (KB,K)
-        own = F.one_hot(right, count).bool()
+        own = right[:, None] == torch.arange(count, device=views.device)  # (KB,K)
         nearest = distance.masked_fill(own, torch.inf).amin(1)
-        centre = (distance[own] + self.margin - nearest).clamp(min=0).mean()
+        centre = (distance.gather(1, right[:, None]).squeeze(1) + self.margin - nearest).clamp(min=0).mean()
         yield {"network": named + self.w_centre * centre}
         self.record("loss_named", named)
         self.record("loss_centre", centre)
