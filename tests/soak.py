@@ -298,6 +298,8 @@ def soak(
                 figures["died in a write"] += bool(parts(place))
             elif code != 0:
                 figures["faults"].append(f"{where}: ended with {code}")
+            elif kind.startswith("the "):  # the command had ended before the moment that was drawn: again
+                left_commands.append(kind)
             figures["files checked whole"] += sum(path.is_file() for path in place.home.rglob("*"))
             figures["faults"] += [f"{where}: {line}" for line in torn(place)]
             if code == 0:

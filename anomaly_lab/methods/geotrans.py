@@ -104,7 +104,8 @@ class GeoTrans(Detector):
             log_y = self.classifier(view).to(alpha.dtype).log_softmax(1)  # (B,K)
             dirichlet -= log_y @ (alpha[number] - 1)
             softmax -= log_y[:, number].exp()
-        return {"dirichlet": dirichlet / self.transformations.count, "softmax": softmax / self.transformations.count}
+        count = self.transformations.count
+        return {"dirichlet": (dirichlet / count).float(), "softmax": (softmax / count).float()}
 
     def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
         return terms["dirichlet"]
