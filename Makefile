@@ -27,9 +27,10 @@ demo: install ## train the default run on the embedded digits, then show the tab
 test: install ## run the tests but the slow ones; real data in ANOMALY_LAB_DATA and a GPU are used where they are there
 	$(PYTEST) -m 'not slow and not ray'
 
-# Marked slow: a real Slurm, processes that are killed, signals to real processes, launchers with worker processes, full disks,
-# several runs at a time to the bit, the contract of all methods but one of each kind, the notebook, a bare Lightning Trainer held to a run for all but one method of each kind, the
-# wheel in an environment of its own, benchmarks, committed results composed anew, methods trained until they detect.
+# Marked slow: a real Slurm, processes that are killed, signals to real processes, launchers with worker processes, full
+# disks, several runs at a time to the bit, the contract of all methods but one of each kind, the notebook, a bare
+# Lightning Trainer held to a run for all but one method of each kind, the wheel in an environment of its own, benchmarks,
+# committed results composed anew, methods trained until they detect.
 test-slow: install ## run the tests that `make test` leaves out
 	$(PYTEST) -m slow
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anomaly_lab.adversarial import gradient_penalty
+from anomaly_lab.adversarial import gradient_penalty, refuse_fewer
 from anomaly_lab.detector import Batch, Detector
 from anomaly_lab.networks import LatentCritic, PerceptualFeatures, channel_statistics
 
@@ -245,13 +245,7 @@ class PIAD(Detector):
         features: Callable[[], PerceptualFeatures] | None,
     ) -> None:
         super().__init__(image_shape)
-        for name, number in (
-            ("critic_rounds", critic_rounds),
-            ("gamma_every", gamma_every),
-            ("gamma_history", gamma_history),
-        ):
-            if type(number) is not int or number < 1:
-                raise ValueError(f"model.detector.{name}={number}: give a whole number from 1")
+        refuse_fewer(1, critic_rounds=critic_rounds, gamma_every=gamma_every, gamma_history=gamma_history)
         if not 0 < gamma_smoothing <= 1:
             raise ValueError(f"model.detector.gamma_smoothing={gamma_smoothing}: give a number above 0, at most 1")
         channels, size, _ = image_shape
