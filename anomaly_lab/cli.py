@@ -220,6 +220,12 @@ def report(argv: Sequence[str] | None = None) -> int:
         "--status", action="store_true", help="list the state of every run; with --experiment the missing ones as well"
     )
     parser.add_argument(
+        "--ranking",
+        action="store_true",
+        help="instead of a report: rank the methods over all classes and protocols that they share, and show what the "
+        "best epoch by test labels would add to each",
+    )
+    parser.add_argument(
         "--prune",
         action="store_true",
         help="instead of a report: reduce the last.ckpt of finished runs to what scores new images",
@@ -238,6 +244,10 @@ def report(argv: Sequence[str] | None = None) -> int:
             report.save_dashboard(asked.dashboard)
         elif asked.prune:
             report.prune(asked.runs)
+        elif asked.ranking:
+            from anomaly_lab import ranking
+
+            ranking.write(asked.runs, asked.out)
         elif asked.status:
             report.print_states(asked.runs, asked.experiment)
         else:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
+    from anomaly_lab.ranking import Ranking
+
 NORMAL = "#0072B2"
 ANOMALOUS = "#D55E00"
 NEUTRAL = "#5F6368"
@@ -321,6 +323,35 @@ def box_plot(frame: pd.DataFrame, title: str = "") -> Figure:
         axes.axvline(0.5, color=NEUTRAL, linewidth=1, linestyle=(0, (4, 3)))
     axes.set_xlim(lowest - pad, highest + pad)
     axes.set_xlabel("AUROC")
+    _title(axes, title, 80)
+    return figure
+
+
+def critical_difference(ranking: Ranking, title: str = "") -> Figure:
+    """Mean ranks of methods on a line each, best on top; a bar joins those that Nemenyi's test does not tell apart."""
+    names, ranks = [str(name) for name in ranking.ranks.index], ranking.ranks.tolist()
+    groups = [(names.index(first), names.index(last)) for first, last in ranking.groups()]
+    figure, axes = _figure(7.2, 1.3 + 0.19 * len(names))
+    axes.hlines(range(len(names)), 1, ranks, color=_MISSING, linewidth=1, zorder=1)
+    axes.plot(ranks, range(len(names)), "o", color=NORMAL, markersize=4.5, zorder=3)
+    right = max(ranks)
+    for number, (first, last) in enumerate(groups):  # beside the points, one column each
+        x = right * (1.04 + 0.025 * number)
+        axes.plot([x, x], [first - 0.25, last + 0.25], color=PALETTE[1], linewidth=2.4, solid_capstyle="butt")
+    width = ranking.critical_difference
+    axes.errorbar(1 + width / 2, -1.4, xerr=width / 2, color="black", capsize=3, linewidth=1.2)
+    axes.annotate(
+        f"critical difference {width:.1f}",
+        (1 + width, -1.4),
+        (6, 0),
+        textcoords="offset points",
+        fontsize=8,
+        va="center",
+    )
+    axes.set_yticks(range(len(names)), [_shorten(name, 44) for name in names], fontsize=7.5)
+    axes.set_ylim(len(names) - 0.4, -2.2)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel(f"mean rank over {ranking.problems} problems (1: the best)")
     _title(axes, title, 80)
     return figure
 

@@ -366,7 +366,7 @@ def _markdown_section(section: Section, oracle: bool, folder: str) -> str:
     for line in _lines(shown, oracle):
         name = f"`{line.label}`" if line.kind == "method" else f"*{line.label}*"
         rows.append([name, *(f"*{cell}*" if cell and line.kind != "method" else cell for cell in line.cells)])
-    out = [f"## {_inert(section.title)}", "", _inert(_caption(section)), "", *_markdown_table(_header(shown), rows), ""]
+    out = [f"## {_inert(section.title)}", "", _inert(_caption(section)), "", *markdown_table(_header(shown), rows), ""]
     if folder:
         for name in section.figures:
             out += [f"![{_inert(_figure_text(section, name))}]({folder}/{name})", ""]
@@ -375,16 +375,16 @@ def _markdown_section(section: Section, oracle: bool, folder: str) -> str:
         out += [
             _summary_note(section.frame),
             "",
-            *_markdown_table(header, [[f"`{row[0]}`", *row[1:]] for row in summary]),
+            *markdown_table(header, [[f"`{row[0]}`", *row[1:]] for row in summary]),
             "",
         ]
     for extra in _extras(section.frame):
         named = [[row[0] if row[0].startswith("published") else f"`{row[0]}`", *row[1:]] for row in extra.rows]
-        block = [_inert(extra.note), "", *_markdown_table(extra.header, named)]
+        block = [_inert(extra.note), "", *markdown_table(extra.header, named)]
         out += [*_folded(extra.title, block, len(named) > 24), ""]
     tests, few = _tests(section.comparisons)
     if tests:
-        body = _markdown_table(_TESTS_HEADER, [[f"`{row[0]}`", f"`{row[1]}`", *row[2:]] for row in tests])
+        body = markdown_table(_TESTS_HEADER, [[f"`{row[0]}`", f"`{row[1]}`", *row[2:]] for row in tests])
         out += [*_folded("Tests of difference", [_TESTS_NOTE, "", *body], len(tests) > 12), ""]
     if few:
         out += [_too_few(few), ""]
@@ -410,7 +410,8 @@ def _inert(text: str) -> str:
     return text.replace("<", r"\<")
 
 
-def _markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+def markdown_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
+    """The lines of a table in Markdown: first column to the left, numbers to the right."""
     cells = [[re.sub(r"([|<])", r"\\\1", text) for text in row] for row in [header, *rows]]
     align = ["---", *["---:"] * (len(header) - 1)]
     return ["| " + " | ".join(row) + " |" for row in [cells[0], align, *cells[1:]]]

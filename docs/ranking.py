@@ -1,0 +1,69 @@
+"""Write docs/ranking.md and its figure from the committed results: ranks over problems, and what the best epoch adds.
+
+python docs/ranking.py
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pandas as pd
+
+from anomaly_lab import figures, ranking, results
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = ROOT / "docs/ranking.md"
+FIGURE = ROOT / "docs/ranking.png"
+FEWEST = 6  # problems of a protocol below which its ranking says nothing that its table does not
+
+HEAD = """\
+<!-- Written by docs/ranking.py from experiments/*/results.csv: edit those. -->
+# Methods ranked over problems
+
+A problem is one class of one protocol; seeds are averaged within it, and a supervised ceiling is left out. Each table
+ranks the methods that have all its problems (1: the best). Friedman's test asks whether any method differs, Nemenyi's
+whether two do; the last column names those that are worse after Holm's correction over all pairs (normal approximation
+of the difference of mean ranks, Demšar 2006). Your own runs: `anomaly-lab-report runs --ranking`.
+"""
+
+EVERYTHING = """
+## Every method, at its small size
+
+Of [everything](../experiments/everything/README.md): 2000 training and 2000 test images of each class, one seed, small
+sizes that nobody tuned; three digits and one class of CIFAR-10. Methods of few problems can be ordered by such a table,
+not told apart: read the critical difference first.
+"""
+
+OWED = """
+## What the best epoch by test labels adds
+
+Published code often reports the epoch with the best test AUROC. Here nothing is chosen so: `oracle_auroc` was recorded
+beside `auroc` after every epoch, in the runs of all pages that watch it. The difference is what a method's figure would
+owe to the test labels from that choice alone; [another page](test_labels.md) has the other ingredients. Runs whose page
+changes a setting of the method are left out, and so are methods whose epochs train nothing.
+"""
+
+
+def committed() -> pd.DataFrame:
+    """Every committed run once, in the order of the pages."""
+    frames = [results.read_csv(path) for path in sorted((ROOT / "experiments").glob("*/results.csv"))]
+    return pd.concat(frames, ignore_index=True).drop_duplicates(["label", *ranking.PROBLEM, "seed"], ignore_index=True)
+
+
+def page() -> tuple[str, ranking.Ranking]:
+    """The whole page, and the ranking of its figure."""
+    every = ranking.ranking(results.read_csv(ROOT / "experiments/everything/results.csv"))
+    frame = committed()
+    out = [HEAD, EVERYTHING, *ranking.markdown(every), "![Mean ranks of every method](ranking.png)", ""]
+    whole = frame[frame["changed"] == frame["problem"]]
+    for (dataset, split, problem), runs in whole.groupby(["dataset", "split", "problem"]):
+        if runs["normal_class"].nunique() >= FEWEST and not problem:
+            out += [f"## {dataset}, {split}", "", *ranking.markdown(ranking.ranking(runs))]
+    out += [OWED, *ranking.best_epochs_markdown(whole)]
+    return "\n".join(out).rstrip() + "\n", every
+
+
+if __name__ == "__main__":
+    text, every = page()
+    PAGE.write_text(text, encoding="utf-8")
+    figures.save(figures.critical_difference(every, "Every method at its small size"), FIGURE)

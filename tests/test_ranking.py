@@ -1,0 +1,127 @@
+"""Ranks over problems, their tests, and what the best epoch adds, against numbers by hand and from the literature."""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from finished import AE, Runs
+from scipy.stats import f, rankdata
+
+from anomaly_lab import cli, figures, ranking, results
+
+ROOT = Path(__file__).parent.parent
+
+
+def frame(table: np.ndarray, **more: object) -> pd.DataFrame:
+    """A run of method m on problem n for table[n, m]."""
+    rows = [
+        {"method": f"m{m}", "dataset": "mnist", "split": "official", "problem": "", "changed": "", "normal_class": n}
+        | {"seed": 0, "labels": False, "auroc": auroc, "oracle_auroc": math.nan, "epochs": 5}
+        | more
+        for n, line in enumerate(table)
+        for m, auroc in enumerate(line)
+    ]
+    return pd.DataFrame(rows)
+
+
+def test_ranks_and_friedmans_test_by_the_formulas() -> None:
+    table = np.random.RandomState(0).rand(12, 5).round(1)  # ties among them
+    table[:, 2] = (table[:, 2] + 0.3).round(1)
+    found = ranking.ranking(frame(table))
+    ranks = np.array([rankdata(-line) for line in table])  # (N,K)
+    n, k = table.shape
+    assert found.problems == n and found.ranks.index[0] == "m2"
+    np.testing.assert_allclose(found.ranks[[f"m{m}" for m in range(k)]], ranks.mean(0))
+    between = n * ((ranks.mean(0) - (k + 1) / 2) ** 2).sum()
+    within = ((ranks - (k + 1) / 2) ** 2).sum() / (n * (k - 1))  # Conover's form, which counts ties
+    chi = between / within
+    assert found.p == pytest.approx(f.sf((n - 1) * chi / (n * (k - 1) - chi), k - 1, (k - 1) * (n - 1)))
+
+
+@pytest.mark.parametrize(("k", "q"), [(3, 2.343), (4, 2.569), (5, 2.728), (10, 3.164)])  # Demšar 2006, table 5
+def test_the_critical_difference_is_the_tabulated_one(k: int, q: float) -> None:
+    found = ranking.ranking(frame(np.random.RandomState(k).rand(7, k)))
+    assert found.critical_difference == pytest.approx(q * math.sqrt(k * (k + 1) / 42), rel=2e-3)
+
+
+def test_what_lacks_a_problem_is_named_and_a_ceiling_is_not_ranked() -> None:
+    runs = frame(np.random.RandomState(1).rand(6, 5))
+    runs.loc[runs["method"] == "m4", "labels"] = True
+    runs = runs[(runs["method"] != "m3") | (runs["normal_class"] > 1)]
+    found = ranking.ranking(runs)
+    assert sorted(map(str, found.ranks.index)) == ["m0", "m1", "m2"] and found.left_out == {"m3": 4}
+    text = "\n".join(ranking.markdown(found))
+    assert "3 methods on 6 problems" in text and "`m3` (4)" in text and "m4" not in text
+    with pytest.raises(ValueError, match="three methods"):
+        ranking.ranking(runs[runs["method"] != "m0"])
+
+
+def test_seeds_are_averaged_and_equal_methods_are_not_told_apart() -> None:
+    table = np.random.RandomState(2).rand(9, 4)
+    shifted = pd.concat([frame(table - 0.01, seed=1), frame(table + 0.01)])
+    pd.testing.assert_series_equal(ranking.ranking(shifted).ranks, ranking.ranking(frame(table)).ranks)
+    alike = ranking.ranking(frame(np.full((9, 4), 0.5) + table[:, :1]))
+    assert alike.ranks.tolist() == [2.5] * 4 and alike.p == pytest.approx(1) and not alike.pairs()
+    assert alike.groups() == [("m0", "m3")]
+
+
+def test_a_method_that_always_wins_is_told_apart_by_both_tests() -> None:
+    table = np.random.RandomState(3).rand(20, 4)
+    table[:, 1] += 1
+    found = ranking.ranking(frame(table))
+    assert found.ranks["m1"] == 1 and found.p < 1e-6
+    assert {worse for better, worse, _ in found.pairs() if better == "m1"} == {"m0", "m2", "m3"}
+    assert all("m1" not in group for group in found.groups())
+    assert figures.critical_difference(found).axes[0].get_ylim()[1] < 0
+
+
+def test_a_true_null_is_rejected_about_as_often_as_the_level_says() -> None:
+    random = np.random.RandomState(4)
+    wrong = sum(ranking.ranking(frame(random.rand(10, 4))).p < ranking.LEVEL for _ in range(200))
+    assert 2 <= wrong <= 20  # ten expected
+
+
+def test_names_lose_their_data_set_and_keep_what_a_run_changed() -> None:
+    assert ranking.method_of("hrn_cifar10", "cifar10") == "hrn"
+    assert ranking.method_of("deep_svdd_fashion", "fashion_mnist") == "deep_svdd"
+    assert ranking.method_of("hrn_cifar10", "mnist") == "hrn_cifar10"
+    assert ranking.method_of("vae", "mnist", "model.lr=1 split.seed=2", "split.seed=2") == "vae [model.lr=1]"
+
+
+def test_what_the_best_epoch_adds_is_counted_over_watched_runs_alone() -> None:
+    runs = frame(np.array([[0.5, 0.9], [0.7, 0.8], [0.6, 0.6]]))
+    runs.loc[runs["method"] == "m0", "oracle_auroc"] = [0.6, 0.7, 0.8]
+    runs.loc[1, "oracle_auroc"] = 0.95
+    runs.loc[1, "epochs"] = 1  # its only epoch is the best
+    (row,) = ranking.best_epochs(runs).itertuples()
+    assert (row.method, row.runs, row.problems, row.epochs) == ("m0", 3, 3, 5)
+    assert (row.mean, row.largest, row.last_is_best) == pytest.approx((0.1, 0.2, 1 / 3))
+    assert ranking.best_epochs_markdown(runs[runs["method"] == "m1"]) == [
+        "No run watched the test AUROC after each of several epochs."
+    ]
+
+
+def test_the_command_ranks_runs(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
+    for c in range(3):
+        for number, model in enumerate([AE, "ede_small", "ganomaly_small"]):
+            runs.add(0.9 - 0.1 * number, model=model, c=c)
+    assert cli.report([str(runs.root), "--ranking"]) == 0
+    printed = capsys.readouterr().out
+    written = (runs.root / "report/ranking.md").read_text(encoding="utf-8")
+    assert written.strip() in printed and "3 methods on 3 problems" in written
+    assert (runs.root / "report/ranking.png").read_bytes()[:4] == b"\x89PNG"
+    assert cli.report([str(runs.root / "nothing"), "--ranking"]) == 2
+
+
+def test_the_committed_page_is_what_its_generator_writes() -> None:
+    spec = importlib.util.spec_from_file_location("ranking_page", ROOT / "docs/ranking.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.PAGE.read_text(encoding="utf-8") == module.page()[0], "run python docs/ranking.py"
+    assert len(results.read_csv(ROOT / "experiments/everything/results.csv"))
