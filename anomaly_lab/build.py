@@ -22,12 +22,12 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from anomaly_lab import config, turns
-from anomaly_lab.capture import Capture
 from anomaly_lab.config import Job
+from anomaly_lab.cuda_graphs import GraphedSteps
 from anomaly_lab.data import Augment, OneClassData, Prepare
 from anomaly_lab.detector import Detector
 from anomaly_lab.features import FeatureStore
-from anomaly_lab.files import refuse_bomb, write_whole
+from anomaly_lab.files import refuse_bomb, write_atomically
 from anomaly_lab.players import Learning
 from anomaly_lab.randomness import stream
 
@@ -58,8 +58,10 @@ def make_augment(cfg: DictConfig) -> Augment | None:
     if not OmegaConf.is_dict(given) or (wrong := set(map(str, given)) - {field.name for field in fields(Augment)}):
         named = ", ".join(sorted(wrong)) if OmegaConf.is_dict(given) else given
         raise ValueError(f"model.input.augment has no {named}: give some of shift, flip, crop and rotation, or null")
-    if cfg.trainer.capture:
-        raise ValueError("model.input.augment: a captured step would repeat its first draws: set trainer.capture=false")
+    if cfg.trainer.cuda_graphs:
+        raise ValueError(
+            "model.input.augment: a captured step would repeat its first draws: set trainer.cuda_graphs=false"
+        )
     return Augment(**{str(key): value for key, value in given.items()})
 
 
@@ -173,11 +175,11 @@ def make_trainer(
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    if cfg.trainer.capture:
+    if cfg.trainer.cuda_graphs:
         if trainer.strategy.root_device.type == "cuda":
-            trainer.callbacks.insert(0, Capture())  # type: ignore[attr-defined]
+            trainer.callbacks.insert(0, GraphedSteps())  # type: ignore[attr-defined]
         else:
-            log.warning("trainer.capture=true: there is no GPU to capture steps on, so it has no effect")
+            log.warning("trainer.cuda_graphs=true: there is no GPU to capture steps on, so it has no effect")
     return trainer
 
 
@@ -269,7 +271,7 @@ def write_checkpoint(path: Path, checkpoint: Mapping[str, Any]) -> None:
     buffer = io.BytesIO()
     torch.save(checkpoint, buffer)
     with turns.aside():
-        write_whole(path, lambda file: file.write(buffer.getbuffer()))
+        write_atomically(path, lambda file: file.write(buffer.getbuffer()))
 
 
 class _WholeFiles(TorchCheckpointIO):

@@ -383,7 +383,7 @@ def _features(asked: argparse.Namespace) -> str:
     from tqdm import tqdm
 
     from anomaly_lab import config, networks, predict
-    from anomaly_lab.files import write_whole
+    from anomaly_lab.files import write_atomically
     from anomaly_lab.pictures import open_image
 
     cfg = config.compose([f"model={asked.model}", *asked.overrides])
@@ -423,7 +423,7 @@ def _features(asked: argparse.Namespace) -> str:
         "made": datetime.now(UTC).isoformat(timespec="seconds"),
         "versions": {name: version(name) for name in ("anomaly-lab", "torch", "torchvision")},
     }
-    write_whole(asked.out, lambda file: networks.save_statistics(file, network, mean, std, **origin))
+    write_atomically(asked.out, lambda file: networks.save_statistics(file, network, mean, std, **origin))
     digest = hashlib.sha256(asked.out.read_bytes()).hexdigest()
     option = "model.detector.features.statistics"
     return f"{len(files)} images, {len(mean)} channels: {option}.path={asked.out} {option}.sha256={digest}"

@@ -29,7 +29,7 @@ from typing import IO, Any, ClassVar
 import numpy as np
 
 from anomaly_lab.errors import shortened
-from anomaly_lab.files import refuse_bomb, take_lock, write_whole
+from anomaly_lab.files import refuse_bomb, take_lock, write_atomically
 from anomaly_lab.pictures import IMAGE_SUFFIXES, Unreadable, open_image, unreadable
 
 REQUIRED = ("images", "labels", "is_test", "class_names")
@@ -450,7 +450,7 @@ class COIL100(Dataset):
                 )
 
         try:
-            write_whole(target, copy)
+            write_atomically(target, copy)
         except (OSError, http.client.HTTPException) as error:
             raise self._failed(error, target) from error
 
@@ -696,7 +696,7 @@ def _write(path: Path, images: Images, source: str) -> None:
     if images.superclass is not None:
         arrays["superclass"] = np.array(images.superclass)
     try:
-        write_whole(path, lambda out: np.savez(out, **arrays))  # uncompressed: CIFAR-10 loads in half a second
+        write_atomically(path, lambda out: np.savez(out, **arrays))  # uncompressed: CIFAR-10 loads in half a second
     except OSError as error:
         raise ValueError(
             f"{path} could not be written ({shortened(error)}): make room for "

@@ -157,7 +157,7 @@ class Detector(Contract, LightningModule):
         self.step = 0
         """Training steps done, a plain number: reading it does not synchronise with the device."""
         self.replay: Callable[[Detector, Tensor, Iterator[Tensor]], None] | None = None
-        """Does what `play` does without computing it anew (`anomaly_lab.capture`); None plays every step."""
+        """Does what `play` does without computing it anew (`anomaly_lab.cuda_graphs`); None plays every step."""
         self.learning = Learning()  # optimisers, schedules, clip
         self._players, self._moved = dict[str, Player](), set[str]()
         self._begun = self._finished = False  # whether before_fit, after_fit have been called

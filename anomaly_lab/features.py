@@ -19,7 +19,7 @@ from torch import Tensor
 
 from anomaly_lab.datasets import Images
 from anomaly_lab.errors import shortened
-from anomaly_lab.files import write_whole
+from anomaly_lab.files import write_atomically
 
 log = logging.getLogger(__name__)
 
@@ -110,7 +110,7 @@ class FeatureStore:
                     self._limit / 1e9,
                 )
                 return False
-            write_whole(_file(folder, block), lambda file: np.savez(file, features=array))
+            write_atomically(_file(folder, block), lambda file: np.savez(file, features=array))
         except OSError as error:
             log.warning("features cannot be kept in %s (%s): the next run computes them again", folder, error)
             return False

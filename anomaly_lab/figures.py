@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from anomaly_lab import metrics
-from anomaly_lab.files import write_whole
+from anomaly_lab.files import write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,7 +35,7 @@ _MISSING = "#E8EAED"
 def save(figure: Figure, path: str | Path, *, dpi: int = 130) -> Path:
     """Write a PNG whole or not at all; same figure, same bytes."""
     plain = {"Software": None}  # matplotlib's version in the header would change the bytes
-    write_whole(path, lambda file: figure.savefig(file, format="png", dpi=dpi, facecolor="white", metadata=plain))
+    write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=dpi, facecolor="white", metadata=plain))
     return Path(path)
 
 

@@ -25,7 +25,7 @@ UNWRITABLE = {
 """Error numbers that say that nothing can be written in a place, whichever file it is."""
 
 
-def write_whole(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
+def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write ``path`` atomically: ``write`` fills a temporary file in the same folder, which is flushed and renamed.
 
     Missing parent folders are created. The temporary name is unique, for processes on several machines may write the
@@ -52,12 +52,12 @@ def write_whole(path: str | Path, write: Callable[[IO[bytes]], object]) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """`write_whole` of a text, in UTF-8."""
-    write_whole(path, lambda file: file.write(text.encode()))
+    """`write_atomically` of a text, in UTF-8."""
+    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
-    """`write_whole` of plain values; NaN and infinity, which JSON lacks, are a ValueError."""
+    """`write_atomically` of plain values; NaN and infinity, which JSON lacks, are a ValueError."""
     write_text(path, json.dumps(content, indent=1, allow_nan=False))
 
 
@@ -90,7 +90,7 @@ FORMULAS = ("=", "+", "-", "@", "\t")
 
 
 def remove_parts(folder: Path, *, seconds: float = 0) -> None:
-    """Remove what killed processes left of `write_whole` in ``folder`` and below.
+    """Remove what killed processes left of `write_atomically` in ``folder`` and below.
 
     Args:
         seconds: how old it must be; 0 where no other process may be writing there.

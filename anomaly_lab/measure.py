@@ -51,7 +51,7 @@ class Measured(NamedTuple):
     scores: dict[str, np.ndarray]  # what scores.npz holds
 
 
-class NotOfOneImage(RunFailed):
+class BatchDependentScore(RunFailed):
     """A score depends on the other images that it was computed with."""
 
 
@@ -63,7 +63,7 @@ def measure(job: Job, detector: Detector, data: OneClassData, history: Sequence[
 
     Raises:
         Diverged: training collapsed: all images have the same score or the same reconstruction.
-        NotOfOneImage: see `refuse_company`.
+        BatchDependentScore: see `refuse_company`.
     """
     trainer, partition, scored = job.cfg.trainer, data.partition, detector.scored
     at = scored.test.places(partition.test)
@@ -116,7 +116,7 @@ def refuse_company(detector: Detector, data: OneClassData, score: np.ndarray) ->
     """Score `ALONE` test images one at a time and raise if a score depends on the rest of its batch.
 
     Raises:
-        NotOfOneImage: a score moves by more than `COMPANY` of the spread of all of them.
+        BatchDependentScore: a score moves by more than `COMPANY` of the spread of all of them.
     """
     chosen = np.random.RandomState(0).permutation(len(score))[:ALONE]
     images = data.prepared("test", chosen.tolist()).to(detector.device)  # (A,C,S,S)
@@ -124,7 +124,7 @@ def refuse_company(detector: Detector, data: OneClassData, score: np.ndarray) ->
     moved = np.abs(alone - score[chosen])
     if moved.max() > COMPANY * score.std(dtype=np.float64) + 1e-5 * np.abs(score[chosen]).max():
         worst = int(moved.argmax())
-        raise NotOfOneImage(
+        raise BatchDependentScore(
             f"score() looks at the other images of a batch: test image {chosen[worst]} has {score[chosen[worst]]:.6g} "
             f"among others and {alone[worst]:.6g} alone; score each image by itself (batch norm in eval mode, no "
             "statistics over a batch, the same noise for every image)"

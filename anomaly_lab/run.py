@@ -27,7 +27,7 @@ from anomaly_lab.config import Job
 from anomaly_lab.data import OneClassData, scored_at_once
 from anomaly_lab.detector import Detector
 from anomaly_lab.errors import RunFailed
-from anomaly_lab.files import Lock, locked, write_json, write_whole
+from anomaly_lab.files import Lock, locked, write_atomically, write_json
 from anomaly_lab.measure import ORACLES, WatchTest, draw, measure, of_scores, used
 
 log = logging.getLogger(__name__)
@@ -271,7 +271,7 @@ def _oracles(cfg: DictConfig) -> list[str]:
 
 
 def _write_arrays(path: Path, arrays: Mapping[str, Any]) -> None:
-    write_whole(path, lambda file: np.savez_compressed(file, **arrays))
+    write_atomically(path, lambda file: np.savez_compressed(file, **arrays))
 
 
 def _resumable(job: Job) -> tuple[Path | None, list[dict[str, float]]]:
@@ -322,7 +322,7 @@ def _too_large(cfg: DictConfig) -> str:
     if torch.cuda.is_available():
         free, total = (value / 2**20 for value in torch.cuda.mem_get_info())
         memory = f"; {total:.0f} MB in all, {free:.0f} MB of them free now"
-    fewer = "lower hydra.launcher.models, " if turns.shared() else ""
+    fewer = "lower hydra.launcher.n_jobs, " if turns.shared() else ""
     scored = cfg.trainer.score_batch_size or scored_at_once(torch.device("cuda" if memory else "cpu"))
     return (
         f"out of memory with model.batch_size={cfg.model.batch_size} and "

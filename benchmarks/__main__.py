@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from anomaly_lab import config, switches
-from anomaly_lab.files import write_whole
+from anomaly_lab.files import write_atomically
 
 SECTIONS = ("machine", "training", "peers", "shallow", "counts", "scoring", "growth", "startup", "abreast")
 """Modules of `benchmarks`, each with ``measure(device, quick)``, in the order in which they are measured."""
@@ -125,7 +125,7 @@ def main() -> None:
         }
         content["header"] = header(given.device) | {"measured": measured}
         text = json.dumps(content, indent=1, allow_nan=False)
-        write_whole(path, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
+        write_atomically(path, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
         print(f"{name}: {measured[name]['seconds']} s", flush=True)
     page.write(given.out)
     print(f"written: {path}, {given.out / 'README.md'}")

@@ -131,7 +131,7 @@ def _ways(plan: Plan, device: str, model: str, precision: str) -> list[dict[str,
     has = config.compose(common).trainer
     if "checkpoint_every" in has:  # a matter of its own, and of the disk
         common.append(f"trainer.checkpoint_every={plan.epochs}")
-    captured = ["trainer.capture=true"] if "capture" in has and device != "cpu" else None
+    captured = ["trainer.cuda_graphs=true"] if "cuda_graphs" in has and device != "cpu" else None
     fastest = captured or []
     # Two one after another: of more the rate is the same.
     ways: list[tuple[str, int, bool, Callable[[], float]]] = [
@@ -218,7 +218,7 @@ def goals(models: int = 30, precision: str = "tf32") -> list[dict[str, Any]]:
     """
     rows = []
     for model, (epochs, limit) in GOALS.items():
-        words = ["-m", "hydra/launcher=abreast", f"hydra.launcher.models={models}", f"model={model}", "size=full"]
+        words = ["-m", "hydra/launcher=abreast", f"hydra.launcher.n_jobs={models}", f"model={model}", "size=full"]
         words += ["dataset=mnist", "split=official", f"model.budget.epochs={epochs}"]
         words += ["normal_class=range(0,10)", "seed=0,1,2"]
         words += ["trainer.accelerator=cuda", f"trainer.precision={precision}", "trainer.progress=false"]
@@ -226,7 +226,7 @@ def goals(models: int = 30, precision: str = "tf32") -> list[dict[str, Any]]:
         assert isinstance(keys, dict)
         words += [
             f"trainer.{key}={value}"
-            for key, value in (("capture", "true"), ("checkpoint_every", epochs))
+            for key, value in (("cuda_graphs", "true"), ("checkpoint_every", epochs))
             if key in keys
         ]
         with tempfile.TemporaryDirectory() as folder:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anomaly_lab.figures import ANOMALOUS, MARKERS, NEUTRAL, NORMAL, PALETTE, _clean, _figure, save
-from anomaly_lab.files import write_whole
+from anomaly_lab.files import write_atomically
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -83,7 +83,7 @@ def write(folder: Path) -> None:
             figure = draw(sections)
             if figure is not None:
                 save(figure, folder / _file(name, device))
-    write_whole(folder / "README.md", lambda file: file.write(readme(measured).encode()))
+    write_atomically(folder / "README.md", lambda file: file.write(readme(measured).encode()))
 
 
 def readme(measured: Mapping[str, Mapping[str, Any]]) -> str:

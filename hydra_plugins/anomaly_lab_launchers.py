@@ -71,16 +71,16 @@ class _Launcher(Launcher):
 class AbreastLauncher(_Launcher):
     """Several runs in this process take turns step by step (`anomaly_lab.turns`), on one GPU or on the CPU."""
 
-    def __init__(self, models: int) -> None:
-        self._models = models
+    def __init__(self, n_jobs: int) -> None:
+        self._n_jobs = n_jobs
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        if type(self._models) is not int or self._models < 1:
-            raise ValueError(f"hydra.launcher.models={self._models}: give a whole number from 1")
+        if type(self._n_jobs) is not int or self._n_jobs < 1:
+            raise ValueError(f"hydra.launcher.n_jobs={self._n_jobs}: give a whole number from 1")
         setup_globals()
         planned = [self._plan(number, list(job)) for number, job in enumerate(job_overrides, initial_job_idx)]
         trackers = {OmegaConf.select(one.composed, "logger._target_") for one in planned}
-        if self._models > 1 and "anomaly_lab.tracking.Wandb" in trackers:
+        if self._n_jobs > 1 and "anomaly_lab.tracking.Wandb" in trackers:
             raise ValueError(
                 "logger=wandb records one run at a time in a process: with hydra/launcher=abreast choose logger=csv or "
                 "tensorboard, or keep wandb and take hydra/launcher=parallel"
@@ -90,7 +90,7 @@ class AbreastLauncher(_Launcher):
         with sigterm_raises():
             if any(one.job is not None for one in planned):
                 import anomaly_lab.run  # noqa: F401  # torch: its initial state is every run's
-            return turns.take([functools.partial(self._run, one) for one in planned], self._models, own=[own_config])
+            return turns.take([functools.partial(self._run, one) for one in planned], self._n_jobs, own=[own_config])
 
 
 # One machine, and Ray -------------------------------------------------------------------------------------------------

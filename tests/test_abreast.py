@@ -27,7 +27,7 @@ from torch import Tensor
 
 from anomaly_lab import cli, config, turns
 from anomaly_lab.build import load_checkpoint
-from anomaly_lab.capture import Capture
+from anomaly_lab.cuda_graphs import GraphedSteps
 from anomaly_lab.methods.shared_autoencoder import EncoderDecoderEncoder
 from anomaly_lab.run import run
 
@@ -167,7 +167,7 @@ def test_captured_steps_take_turns_as_whole_steps(
         return graphs[-1]
 
     cfgs = [tiny(tmp_path, data, SINGLE[number]) for number in (1, 2, 4)]
-    turns.take([partial(run, cfg, [Capture(made_one)]) for cfg in cfgs], at_once=3)
+    turns.take([partial(run, cfg, [GraphedSteps(made_one)]) for cfg in cfgs], at_once=3)
     assert [made(cfg) for cfg in cfgs] == [alone[number] for number in (1, 2, 4)]
     assert sum(graph.replayed for graph in graphs) >= 3 * STEPS
 
@@ -260,7 +260,7 @@ def test_a_sweep_goes_on_beside_a_failure_and_a_repeated_one_makes_only_what_is_
         real()
 
     monkeypatch.setattr(turns, "pass_on", counted)
-    grid = f"{TINY} {SMALL} hydra.launcher.models=2 normal_class=0,99,1 model.optimizer.lr=1e-4,1e30"
+    grid = f"{TINY} {SMALL} hydra.launcher.n_jobs=2 normal_class=0,99,1 model.optimizer.lr=1e-4,1e30"
     code, out, err = lab(grid)
     assert code == cli.FAILED and max(at_once) == 2
     lines = out.splitlines()
@@ -296,7 +296,7 @@ def test_a_run_that_does_not_fit_beside_the_others_says_that_fewer_may(
     monkeypatch.setattr(EncoderDecoderEncoder, "plays", too_large)
     code, out, err = lab(f"{TINY} {SMALL} model=ede model.batch_size=64,32")
     assert code == cli.FAILED and "2 runs: 1 failed, 1 done" in out
-    assert "out of memory with model.batch_size=64" in err and "lower hydra.launcher.models" in err
+    assert "out of memory with model.batch_size=64" in err and "lower hydra.launcher.n_jobs" in err
 
 
 def test_a_run_that_another_process_makes_is_left_to_it(lab: Command, tmp_path: Path, data: Path) -> None:
@@ -314,8 +314,8 @@ def test_a_run_that_another_process_makes_is_left_to_it(lab: Command, tmp_path: 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("hydra.launcher.models=0", "hydra.launcher.models=0: give a whole number from 1"),
-        ("hydra.launcher.models=two", "hydra.launcher.models=two: give a whole number from 1"),
+        ("hydra.launcher.n_jobs=0", "hydra.launcher.n_jobs=0: give a whole number from 1"),
+        ("hydra.launcher.n_jobs=two", "hydra.launcher.n_jobs=two: give a whole number from 1"),
         ("hydra.launcher.streams=2", "hydra.launcher.streams cannot be set"),
         ("logger=csv,wandb", "logger=wandb records one run at a time in a process: with hydra/launcher=abreast choose"),
     ],
@@ -333,7 +333,7 @@ PROGRAM = "import sys; from anomaly_lab.cli import train; sys.argv[0] = 'anomaly
 def test_signals_stop_all_runs_and_the_same_command_goes_on_to_the_same_bits(tmp_path: Path, data: Path) -> None:
     """Real processes: terminated, resumed, interrupted, resumed."""
     common = f"{TINY} {SMALL} model.budget.epochs=24 trainer.threads=1 logger=none"
-    words = ["-m", "hydra/launcher=abreast", "hydra.launcher.models=2", "normal_class=0,1,2", *shlex.split(common)]
+    words = ["-m", "hydra/launcher=abreast", "hydra.launcher.n_jobs=2", "normal_class=0,1,2", *shlex.split(common)]
     command, environment = [sys.executable, "-c", PROGRAM, *words], os.environ | {"ANOMALY_LAB_DATA": str(data)}
     start = partial(subprocess.Popen, command, cwd=tmp_path, env=environment, stdout=-1, stderr=-1, text=True)
 

@@ -94,7 +94,7 @@ def test_draws_depend_on_seed_and_epoch_alone(data: Path) -> None:
         ("'model.input.augment={shfit:2}'", "model.input.augment has no shfit: give some of shift, flip, crop"),
         ("model.input.augment=true", "model.input.augment has no True"),
         ("'model.input.augment={crop:0}'", "crop above 0 up to 1"),
-        ("'model.input.augment={shift:1}' trainer.capture=true", "set trainer.capture=false"),
+        ("'model.input.augment={shift:1}' trainer.cuda_graphs=true", "set trainer.cuda_graphs=false"),
         ("model=scatter_subspace 'model.input.augment={shift:1}'", "fixed features are computed once"),
     ],
 )

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from anomaly_lab import config
 from anomaly_lab.batches import Batch
-from anomaly_lab.measure import NotOfOneImage
+from anomaly_lab.measure import BatchDependentScore
 from anomaly_lab.methods.shared_autoencoder import EncoderDecoderEncoder
 from anomaly_lab.run import run
 
@@ -89,7 +89,7 @@ def asked(folder: Path, *overrides: str) -> Any:
         (TakesTestImages, ValueError, "not enough values to unpack"),
         (PicksTheBestEpoch, KeyError, "oracle_auroc"),
         (PicksTheBestEpochFromTheLogger, KeyError, "oracle_auroc"),
-        (ComparesWithItsBatch, NotOfOneImage, "looks at the other images of a batch"),
+        (ComparesWithItsBatch, BatchDependentScore, "looks at the other images of a batch"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
 )

@@ -21,7 +21,7 @@ from omegaconf import DictConfig
 
 from anomaly_lab import config, metrics
 from anomaly_lab.course import Diverged
-from anomaly_lab.files import write_whole
+from anomaly_lab.files import write_atomically
 from anomaly_lab.run import run
 from anomaly_lab.splits import Pooled
 
@@ -262,7 +262,7 @@ def test_half_a_file_is_never_left_behind(tmp_path: Path) -> None:
         raise OSError("No space left on device")
 
     with pytest.raises(OSError, match="No space"):
-        write_whole(path, fails)
+        write_atomically(path, fails)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
 
 

@@ -87,7 +87,7 @@ EXPLOITS = {
     "a module of the current folder": {"_target_": "mine.Mine"},
     "torch.load by way of a module of ours": {"_target_": "anomaly_lab.build.torch.load", "f": "pickle"},
     "what a module of ours imports": {"_target_": "anomaly_lab.predict.Path", "_args_": ["x"]},
-    "a function of ours": {"_target_": "anomaly_lab.files.write_whole", "path": "marker"},
+    "a function of ours": {"_target_": "anomaly_lab.files.write_atomically", "path": "marker"},
     "an interpolation": {"_target_": "${oc.env:HOME}"},
     "no text": {"_target_": ["torch.load"]},
     "nothing": {"_target_": ""},

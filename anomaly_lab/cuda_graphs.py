@@ -79,7 +79,7 @@ class CUDAGraph:
         self._graph.replay()
 
 
-class Capture(Callback):
+class GraphedSteps(Callback):
     """Takes a detector's steady steps: the first few eagerly, then captures one and replays it.
 
     A captured step reads and writes memory by address. At the start of an epoch the graph is dropped if the stage, an
@@ -139,7 +139,7 @@ class Capture(Callback):
         """`Detector.play` on the images at ``positions`` (B,), with more of them from ``further``."""
         if positions.device.type != detector.device.type:
             if not self._warned:
-                log.warning("trainer.capture: the images do not fit the device, so steps are computed one by one")
+                log.warning("trainer.cuda_graphs: the images do not fit the device, so steps are computed one by one")
             self._warned = True
             detector.play(positions, further)
             return
@@ -178,7 +178,9 @@ def count_on_device(optimizers: Iterable[Optimizer]) -> None:
             if "capturable" not in group:
                 if not isinstance(optimizer, torch.optim.SGD):  # SGD has no count
                     name = type(optimizer).__name__
-                    raise ValueError(f"trainer.capture=true cannot capture {name}: take Adam, RMSprop or SGD, or false")
+                    raise ValueError(
+                        f"trainer.cuda_graphs=true cannot capture {name}: take Adam, RMSprop or SGD, or false"
+                    )
                 continue
             group["capturable"] = True
             for parameter in group["params"]:

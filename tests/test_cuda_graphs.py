@@ -24,7 +24,7 @@ from torch.utils._pytree import tree_map
 
 from anomaly_lab import config, turns
 from anomaly_lab.build import make_data, make_detector, make_trainer
-from anomaly_lab.capture import WARM_UP, Capture, count_on_device, counted_on_host
+from anomaly_lab.cuda_graphs import WARM_UP, GraphedSteps, count_on_device, counted_on_host
 from anomaly_lab.detector import Batch, Detector, looking
 from anomaly_lab.players import Player, make_players, minimise
 from anomaly_lab.run import run
@@ -110,7 +110,7 @@ def outcome(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> tuple[dict[s
 def test_replayed_steps_end_where_computed_ones_do(tmp_path: Path, model: str) -> None:
     GRAPHS.clear()
     plain, weights = outcome(tiny(tmp_path / "plain", model))
-    replayed, same = outcome(tiny(tmp_path / "replayed", model), [Watch(), Capture(Recorded)])
+    replayed, same = outcome(tiny(tmp_path / "replayed", model), [Watch(), GraphedSteps(Recorded)])
     assert weights.keys() == same.keys() and all(torch.equal(weights[name], same[name]) for name in weights)
     for one, other in zip(plain["history"], replayed["history"], strict=True):
         assert one | {"seconds": 0} == other | {"seconds": 0}
@@ -123,16 +123,16 @@ def test_replayed_steps_end_where_computed_ones_do(tmp_path: Path, model: str) -
 
 def test_a_step_is_captured_anew_only_where_the_old_one_would_be_wrong(tmp_path: Path) -> None:
     GRAPHS.clear()
-    outcome(tiny(tmp_path / "one", "ganomaly"), [Watch(), Capture(Recorded)])
+    outcome(tiny(tmp_path / "one", "ganomaly"), [Watch(), GraphedSteps(Recorded)])
     assert len(GRAPHS) == 1
     GRAPHS.clear()
     decaying = "model.scheduler={_target_: torch.optim.lr_scheduler.ExponentialLR, _partial_: true, gamma: 0.5}"
-    _, weights = outcome(tiny(tmp_path / "decaying", "ganomaly", decaying), [Watch(), Capture(Recorded)])
+    _, weights = outcome(tiny(tmp_path / "decaying", "ganomaly", decaying), [Watch(), GraphedSteps(Recorded)])
     assert len(GRAPHS) == 3, "a learning rate is a number in the graph"
     _, plain = outcome(tiny(tmp_path / "plain", "ganomaly", decaying))
     assert all(torch.equal(weights[name], plain[name]) for name in plain)
     GRAPHS.clear()
-    outcome(tiny(tmp_path / "itsr", "itsr"), [Watch(), Capture(Recorded)])
+    outcome(tiny(tmp_path / "itsr", "itsr"), [Watch(), GraphedSteps(Recorded)])
     assert len(GRAPHS) == 3, "what the first rejection found, then the images that come back with a negative weight"
 
 
@@ -159,7 +159,7 @@ def test_the_stand_in_for_a_graph_notices_what_a_replay_would_leave_out(tmp_path
     with open_dict(cfg):
         cfg.model.detector = {"_target_": f"{__name__}.Counting"}
     with pytest.raises(AssertionError, match="would not have done"):
-        run(cfg, [Watch(), Capture(Recorded)])
+        run(cfg, [Watch(), GraphedSteps(Recorded)])
 
 
 class NeverWait(TorchDispatchMode):
@@ -257,14 +257,14 @@ def test_half_precision_sees_the_weights_a_play_has_left(tmp_path: Path) -> None
 def test_capture_is_said_to_have_no_effect_without_a_gpu(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cfg = tiny(tmp_path / "runs", "shared_ae", "trainer.capture=true", "trainer.accelerator=cpu")
+    cfg = tiny(tmp_path / "runs", "shared_ae", "trainer.cuda_graphs=true", "trainer.accelerator=cpu")
     job = replace(config.job(cfg), out=tmp_path)
     data = make_data(job)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         trainer = make_trainer(job, data, "title")
     assert "no GPU to capture steps on" in caplog.text
-    assert not any(isinstance(callback, Capture) for callback in trainer.callbacks)  # type: ignore[attr-defined]
+    assert not any(isinstance(callback, GraphedSteps) for callback in trainer.callbacks)  # type: ignore[attr-defined]
 
 
 def test_a_checkpoint_of_a_captured_run_resumes_without_a_capture() -> None:
@@ -292,8 +292,8 @@ gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason
 def test_on_a_gpu_replays_end_where_computed_steps_do(tmp_path: Path, model: str, precision: str) -> None:
     """Computed with the same counts on the device, so nothing but the replaying differs."""
     options = ["trainer.accelerator=cuda", f"trainer.precision={precision}", "model.budget.epoch_steps=20"]
-    _, computed = outcome(tiny(tmp_path / "computed", model, *options), [Watch(), Capture(Recorded)])
-    _, replayed = outcome(tiny(tmp_path / "replayed", model, *options, "trainer.capture=true"))
+    _, computed = outcome(tiny(tmp_path / "computed", model, *options), [Watch(), GraphedSteps(Recorded)])
+    _, replayed = outcome(tiny(tmp_path / "replayed", model, *options, "trainer.cuda_graphs=true"))
     for name, weight in computed.items():
         torch.testing.assert_close(replayed[name], weight, rtol=1e-5, atol=1e-7, msg=name)
 
@@ -303,7 +303,7 @@ def test_on_a_gpu_captured_scores_are_about_those_of_a_plain_run(tmp_path: Path,
     """Adam's bias correction is float64 on the host and float32 in a graph; a one-class SVM would choose otherwise."""
     scores = []
     for capture in ("false", "true"):
-        cfg = tiny(tmp_path / capture, model, "trainer.accelerator=cuda", f"trainer.capture={capture}")
+        cfg = tiny(tmp_path / capture, model, "trainer.accelerator=cuda", f"trainer.cuda_graphs={capture}")
         outcome(cfg)
         with np.load(config.job(cfg).out / "scores.npz") as file:
             scores.append(file["score"])
@@ -316,8 +316,8 @@ def test_on_a_gpu_a_captured_run_resumes_computed_and_the_other_way(tmp_path: Pa
     for first, then in (("true", "false"), ("false", "true")):
         runs = tmp_path / first
         with pytest.raises(RuntimeError, match="stopped"):
-            run(tiny(runs, model, "trainer.accelerator=cuda", f"trainer.capture={first}"), [Stop(10)])
-        cfg = tiny(runs, model, "trainer.accelerator=cuda", f"trainer.capture={then}")
+            run(tiny(runs, model, "trainer.accelerator=cuda", f"trainer.cuda_graphs={first}"), [Stop(10)])
+        cfg = tiny(runs, model, "trainer.accelerator=cuda", f"trainer.cuda_graphs={then}")
         result, _ = outcome(cfg)
         states = torch.load(config.job(cfg).out / "last.ckpt", weights_only=True)["optimizer_states"]
         assert {int(one["step"]) for state in states for one in state["state"].values()} == {result["steps"]}
@@ -327,7 +327,7 @@ def test_on_a_gpu_a_captured_run_resumes_computed_and_the_other_way(tmp_path: Pa
 @pytest.mark.parametrize("model", [pytest.param(model, marks=gpu) for model in METHODS])
 def test_on_a_gpu_captured_runs_abreast_are_those_alone(tmp_path: Path, model: str) -> None:
     """Three runs in two places, so that one begins while another's step is being replayed."""
-    options = ["trainer.accelerator=cuda", "trainer.capture=true", "model.budget.epoch_steps=20"]
+    options = ["trainer.accelerator=cuda", "trainer.cuda_graphs=true", "model.budget.epoch_steps=20"]
     cfgs = [tiny(tmp_path / "abreast", model, *options, f"normal_class={named}") for named in range(3)]
     turns.take([functools.partial(run, cfg) for cfg in cfgs], 2)
     for named, cfg in enumerate(cfgs):
