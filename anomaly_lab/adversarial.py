@@ -1,4 +1,4 @@
-"""What several adversarial methods share: binary cross-entropy, Wasserstein with a penalty, a check of their counts."""
+"""What several adversarial methods share: binary cross-entropy, the Wasserstein loss with gradient penalty."""
 
 from __future__ import annotations
 
@@ -28,14 +28,3 @@ def wgan_gp(critic: Callable[[Tensor], Tensor], real: Tensor, fake: Tensor, pena
     share = share.view(-1, *[1] * (real.ndim - 1))
     mixed = share * real + (1 - share) * fake
     return critic(fake).mean() - critic(real).mean() + penalty * gradient_penalty(critic, mixed)
-
-
-def refuse_fewer(least: int, **numbers: int) -> None:
-    """Options of a method that count moves or starts.
-
-    Raises:
-        ValueError: one of them is no whole number, or below ``least``.
-    """
-    for name, number in numbers.items():
-        if type(number) is not int or number < least:
-            raise ValueError(f"model.detector.{name}={number}: give a whole number from {least}")

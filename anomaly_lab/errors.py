@@ -31,6 +31,17 @@ class Terminated(SystemExit):
         super().__init__(code)
 
 
+def refuse_fewer(least: int, section: str = "model.detector", /, **numbers: object) -> None:
+    """Check options of a method, or of another ``section`` of the configuration, that count something.
+
+    Raises:
+        ValueError: one of them is no whole number, or below ``least``.
+    """
+    for name, number in numbers.items():
+        if type(number) is not int or number < least:
+            raise ValueError(f"{section}.{name}={number}: give a whole number from {least}")
+
+
 @contextmanager
 def sigterm_raises() -> Iterator[None]:
     """Raise `Terminated` in the main thread on SIGTERM during the block, unless another handler is set in it."""

@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from anomaly_lab import config, record, slurm, status, sweep, turns
 from anomaly_lab.config import Job
-from anomaly_lab.errors import flat, sigterm_raises
+from anomaly_lab.errors import flat, refuse_fewer, sigterm_raises
 
 
 class _Planned(NamedTuple):
@@ -75,8 +75,7 @@ class AbreastLauncher(_Launcher):
         self._n_jobs = n_jobs
 
     def launch(self, job_overrides: Sequence[Sequence[str]], initial_job_idx: int) -> Sequence[JobReturn]:
-        if type(self._n_jobs) is not int or self._n_jobs < 1:
-            raise ValueError(f"hydra.launcher.n_jobs={self._n_jobs}: give a whole number from 1")
+        refuse_fewer(1, "hydra.launcher", n_jobs=self._n_jobs)
         setup_globals()
         planned = [self._plan(number, list(job)) for number, job in enumerate(job_overrides, initial_job_idx)]
         trackers = {OmegaConf.select(one.composed, "logger._target_") for one in planned}
@@ -107,9 +106,9 @@ class ParallelLauncher(_Launcher):
             from hydra_plugins.hydra_joblib_launcher.joblib_launcher import JoblibLauncher
         except ModuleNotFoundError as error:
             raise ValueError("hydra/launcher=parallel needs an extra: pip install anomaly-lab[parallel]") from error
-        for name, value in (("n_jobs", self._n_jobs), ("jobs_per_gpu", self._jobs_per_gpu)):
-            if value is not None and (type(value) is not int or value < 1):
-                raise ValueError(f"hydra.launcher.{name}={value}: give a whole number from 1")
+        refuse_fewer(1, "hydra.launcher", jobs_per_gpu=self._jobs_per_gpu)
+        if self._n_jobs is not None:
+            refuse_fewer(1, "hydra.launcher", n_jobs=self._n_jobs)
         gpus = sweep.gpus()
         n_jobs = self._n_jobs or self._jobs_per_gpu * len(gpus) or 2
         joblib = JoblibLauncher(n_jobs=n_jobs, **self._joblib)

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomaly_lab.detector import Batch, Detector
+from anomaly_lab.errors import refuse_fewer
 
 QUANTILE = 0.9
 """The paper's thresholds: this quantile of the training errors, and of the training codes' unlikeliness."""
@@ -222,8 +223,7 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
         svm_sees: str = "in_use",
     ) -> None:
         super().__init__(image_shape, width=width, latent_size=latent_size, critic_width=critic_width)
-        if type(rounds) is not int or rounds < 1:
-            raise ValueError(f"rounds={rounds}: give a whole number from 1")
+        refuse_fewer(1, rounds=rounds)
         if not 0 < nu < 1:
             raise ValueError(f"nu={nu}: choose a share between 0 and 1")
         if svm_sees not in ("in_use", "all"):

@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from anomaly_lab.adversarial import bce, refuse_fewer
+from anomaly_lab.adversarial import bce
 from anomaly_lab.detector import Batch, Detector
+from anomaly_lab.errors import refuse_fewer
 from anomaly_lab.networks import DCGANDecoder, DCGANDiscriminator
 
 

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from anomaly_lab.detector import Detector
+from anomaly_lab.errors import refuse_fewer
 from anomaly_lab.methods.pca import principal_axes
 
 AT_ONCE = 500
@@ -256,8 +257,7 @@ class LocalOutlierFactor(Classical):
 
     def __init__(self, image_shape: Sequence[int], *, pca_variance: float | None, neighbours: int) -> None:
         super().__init__(image_shape, pca_variance=pca_variance)
-        if neighbours < 1:
-            raise ValueError(f"neighbours={neighbours}: give a whole number from 1")
+        refuse_fewer(1, neighbours=neighbours)
         self.neighbours = neighbours
 
     def fit_features(self, z: Tensor) -> Mapping[str, Tensor]:
@@ -301,8 +301,8 @@ class GaussianMixture(Classical):
         self, image_shape: Sequence[int], *, pca_variance: float | None, components: int | None, ridge: float
     ) -> None:
         super().__init__(image_shape, pca_variance=pca_variance)
-        if components is not None and components < 1:
-            raise ValueError(f"components={components}: give a whole number from 1, or null to choose it")
+        if components is not None:
+            refuse_fewer(1, components=components)
         self.components, self.ridge = components, ridge
 
     def fit_features(self, z: Tensor) -> Mapping[str, Tensor]:

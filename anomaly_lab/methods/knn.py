@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from anomaly_lab.detector import Detector
+from anomaly_lab.errors import refuse_fewer
 
 
 class NearestNeighbours(Detector):
@@ -28,8 +29,7 @@ class NearestNeighbours(Detector):
 
     def __init__(self, image_shape: Sequence[int], *, neighbours: int) -> None:
         super().__init__(image_shape)
-        if neighbours < 1:
-            raise ValueError(f"neighbours={neighbours}: give a whole number from 1")
+        refuse_fewer(1, neighbours=neighbours)
         self.neighbours = neighbours
 
     def after_fit(self, images: Tensor) -> None:

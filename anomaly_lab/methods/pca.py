@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from anomaly_lab.detector import Detector
+from anomaly_lab.errors import refuse_fewer
 
 Score = Literal["residual", "likelihood"]
 
@@ -91,8 +92,8 @@ class PCA(Detector):
 
     def __init__(self, image_shape: Sequence[int], *, score: Score, components: int | None) -> None:
         super().__init__(image_shape)
-        if components is not None and components < 1:
-            raise ValueError(f"components={components}: give a whole number from 1, or null to choose by likelihood")
+        if components is not None:
+            refuse_fewer(1, components=components)
         self.score_rule, self.components = score, components
 
     def after_fit(self, images: Tensor) -> None:

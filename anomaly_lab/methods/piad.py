@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from anomaly_lab.adversarial import gradient_penalty, refuse_fewer
+from anomaly_lab.adversarial import gradient_penalty
 from anomaly_lab.detector import Batch, Detector
+from anomaly_lab.errors import refuse_fewer
 from anomaly_lab.networks import LatentCritic, PerceptualFeatures, channel_statistics
 
 SLOPE = 0.2

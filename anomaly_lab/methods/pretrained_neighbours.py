@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from anomaly_lab.detector import Detector
+from anomaly_lab.errors import refuse_fewer
 from anomaly_lab.networks import PerceptualFeatures
 
 AT_ONCE = 250
@@ -36,8 +37,7 @@ class PretrainedNeighbours(Detector):
 
     def __init__(self, image_shape: Sequence[int], *, features: Callable[[], PerceptualFeatures], k: int) -> None:
         super().__init__(image_shape)
-        if type(k) is not int or k < 1:
-            raise ValueError(f"k={k}: give a whole number of neighbours from 1")
+        refuse_fewer(1, k=k)
         self.k, self.features = k, features()
         self.features.refuse(image_shape)
 

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomaly_lab.detector import Batch, Detector
+from anomaly_lab.errors import refuse_fewer
 
 
 class _TiedAutoencoder(nn.Module):
@@ -78,8 +79,7 @@ class RobustAutoencoder(Detector):
         super().__init__(image_shape)
         if not 0 <= contamination < 1:
             raise ValueError(f"contamination={contamination}: choose a share from 0 to below 1")
-        if type(inner) is not int or inner < 1:
-            raise ValueError(f"inner={inner}: give a whole number of epochs from 1")
+        refuse_fewer(1, inner=inner)
         self.contamination, self.inner = contamination, inner
         self.autoencoder = _TiedAutoencoder([math.prod(image_shape), *widths])
         self.register_buffer("threshold", torch.full((), torch.inf))

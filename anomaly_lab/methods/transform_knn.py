@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from anomaly_lab.calibration import Balanced
 from anomaly_lab.detector import Batch
+from anomaly_lab.errors import refuse_fewer
 
 SHIFTS = ((0, 0), (0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1))
 """Directions of the translations, down and to the right: one along no axis, four along one, four along both."""
@@ -86,8 +87,7 @@ class TransformKNN(Balanced):
             raise ValueError(f"shift={shift}: choose a number of pixels from 1 to below the image's {size}")
         if places < 1 or size % (4 * places):
             raise ValueError(f"places={places}: four times that must divide the image's size, {size}")
-        if neighbours < 1:
-            raise ValueError(f"neighbours={neighbours}: give a whole number from 1")
+        refuse_fewer(1, neighbours=neighbours)
         self.offsets = [(shift * down, shift * right) for down, right in SHIFTS[:shifts]]
         self.shift, self.margin_weight, self.weighted, self.neighbours = shift, margin_weight, weighted, neighbours
         self.transformations = 4 * shifts

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomaly_lab.detector import Batch, Detector
+from anomaly_lab.errors import refuse_fewer
 
 
 def _hidden(sizes: Sequence[int]) -> nn.Sequential:
@@ -55,8 +56,7 @@ class VAE(Detector):
 
     def __init__(self, image_shape: Sequence[int], *, widths: Sequence[int], latent_size: int, samples: int) -> None:
         super().__init__(image_shape)
-        if samples < 1:
-            raise ValueError(f"samples={samples}: give a whole number from 1")
+        refuse_fewer(1, samples=samples)
         pixels = math.prod(image_shape)
         self.encoder = nn.Sequential(nn.Flatten(), *_hidden([pixels, *widths]), nn.Linear(widths[-1], 2 * latent_size))
         self.decoder = nn.Sequential(*_hidden([latent_size, *reversed(widths)]), nn.Linear(widths[0], pixels))

@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
-from anomaly_lab.adversarial import refuse_fewer, wgan_gp
+from anomaly_lab.adversarial import wgan_gp
 from anomaly_lab.detector import Batch, Detector
+from anomaly_lab.errors import refuse_fewer
 from anomaly_lab.networks import DCGANDecoder, DCGANDiscriminator, DCGANEncoder, layer_norm
 
 CodeActivation = Literal["tanh", "3tanh", "linear"]
