@@ -26,6 +26,7 @@ from anomaly_lab.config import Job
 from anomaly_lab.cuda_graphs import GraphedSteps
 from anomaly_lab.data import Augment, OneClassData, Prepare
 from anomaly_lab.detector import Detector
+from anomaly_lab.errors import refuse_fewer
 from anomaly_lab.features import FeatureStore
 from anomaly_lab.files import refuse_bomb, write_atomically
 from anomaly_lab.players import Learning
@@ -86,18 +87,27 @@ def make_data(job: Job) -> OneClassData:
         seed=cfg.seed,
         features=FeatureStore(images, prepare, kept, cfg.trainer.feature_cache_gb * 1e9),
         labels=bool(cfg.model.get("labels")),
-        known=config.semi_supervised(job),
+        known=config.semi_supervised(cfg),
         augment=make_augment(cfg),
     )
 
 
-def make_detector(cfg: DictConfig, image_shape: Sequence[int]) -> Detector:
-    """The untrained detector of ``cfg`` for images of shape (C,S,S), and how it learns; same seed, same weights."""
+def make_detector(cfg: DictConfig, image_shape: Sequence[int], epochs: int | None = None) -> Detector:
+    """The untrained detector of ``cfg`` for images of shape (C,S,S), and how it learns; same seed, same weights.
+
+    Args:
+        epochs: what the budget comes to (`epochs`), for schedules over it (``T_max: ${..budget.epochs}``) where
+            ``model.budget`` gives steps.
+    """
     config.refuse_missing_keys(cfg)
     detector = make_networks(cfg, image_shape)
     if detector.players():
         config.refuse_missing_keys(cfg, learns=True)
-    optimizer, scheduler = (instantiate(cfg.model[key], _convert_="all") for key in ("optimizer", "scheduler"))
+    model = cfg.model
+    if epochs is not None and model.budget.steps is not None:
+        model = model.copy()
+        model.budget.epochs = epochs
+    optimizer, scheduler = (instantiate(model[key], _convert_="all") for key in ("optimizer", "scheduler"))
     detector.learning = Learning(optimizer, scheduler, cfg.model.clip)
     detector.plan(_stages(cfg))
     return detector
@@ -122,8 +132,7 @@ def _stages(cfg: DictConfig) -> dict[str, int]:
     if not isinstance(stages, Mapping):
         raise ValueError("model.budget.stages: give each stage its epochs, such as {pretrain: 50, detect: 100}")
     for name, epochs in stages.items():
-        if type(epochs) is not int or epochs < 0:
-            raise ValueError(f"model.budget.stages.{name}={epochs}: give a whole number of epochs from 0")
+        refuse_fewer(0, "model.budget.stages", **{str(name): epochs})
     return {str(name): int(epochs) for name, epochs in stages.items()}
 
 
@@ -134,9 +143,7 @@ def epochs(cfg: DictConfig, data: OneClassData) -> int:
     budget, stages = cfg.model.budget, _stages(cfg)
     if (budget.epochs is not None) + (budget.steps is not None) + bool(stages) > 1:
         raise ValueError("give model.budget one of epochs, steps and stages, and null for the others")
-    for name in ("epochs", "steps"):
-        if budget[name] is not None and (type(budget[name]) is not int or budget[name] < 0):
-            raise ValueError(f"model.budget.{name}={budget[name]}: give a whole number from 0")
+    refuse_fewer(0, "model.budget", **{name: budget[name] or 0 for name in ("epochs", "steps")})
     if stages:
         return sum(stages.values())
     return int(budget.epochs or 0) if budget.steps is None else math.ceil(budget.steps / data.steps)
@@ -148,28 +155,33 @@ def epochs(cfg: DictConfig, data: OneClassData) -> int:
 def make_trainer(
     job: Job, data: OneClassData, title: str, logger: Any = False, callbacks: Sequence[Callback] = ()
 ) -> Trainer:
-    """A Lightning trainer for exactly one run: one device, no state outside of the run's folder."""
-    cfg = job.cfg
+    """The trainer of a run, with its checkpoints, its turns and its progress bar."""
+    cfg, every = job.cfg, job.cfg.trainer.checkpoint_every
+    refuse_fewer(1, "trainer", checkpoint_every=every)
+    own: list[Callback] = [_LastCheckpoint(job, every), _Turns()]
+    if cfg.trainer.progress:
+        own.append(_Progress(title, data.steps))
+    return make_lightning_trainer(cfg, data, job.out, logger, [*own, *callbacks])
+
+
+def make_lightning_trainer(
+    cfg: DictConfig, data: OneClassData, folder: str | Path, logger: Any = False, callbacks: Sequence[Callback] = ()
+) -> Trainer:
+    """A Lightning trainer of ``cfg``: one device, no state outside of ``folder``."""
     precision = cfg.trainer.precision
     if precision not in ("32-true", "tf32", "bf16-mixed"):
         raise ValueError(f"trainer.precision={precision}: choose 32-true, tf32 or bf16-mixed")
-    every = cfg.trainer.checkpoint_every
-    if type(every) is not int or every < 1:
-        raise ValueError(f"trainer.checkpoint_every={every}: give a whole number of epochs from 1")
-    last = _LastCheckpoint(job, every)
-    own: list[Callback] = [last, _Turns()]
-    if cfg.trainer.progress:
-        own.append(_Progress(title, data.steps))
     trainer = Trainer(
         accelerator=cfg.trainer.accelerator,
         devices=1,
         precision="bf16-mixed" if precision == "bf16-mixed" else "32-true",
         max_epochs=epochs(cfg, data),
-        callbacks=[*own, *callbacks],
+        callbacks=list(callbacks),
         # Under Slurm, Lightning's own environment would answer signals with checkpoints that later calls pick up.
         plugins=[_WholeFiles(), LightningEnvironment()],
         logger=logger,
-        default_root_dir=job.out,
+        default_root_dir=folder,
+        enable_checkpointing=any(isinstance(callback, Checkpoint) for callback in callbacks),
         inference_mode=False,  # else every batch is copied, because a score may need gradients
         num_sanity_val_steps=0,
         enable_progress_bar=False,

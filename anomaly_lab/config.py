@@ -609,22 +609,21 @@ def job(cfg: DictConfig) -> Job:
     return Job(cfg, own, out)
 
 
-def semi_supervised(job: Job) -> bool:
-    """Whether the method of a run asks for known anomalies; imports its class.
+def semi_supervised(cfg: DictConfig) -> bool:
+    """Whether the method of ``cfg`` asks for known anomalies; imports its class.
 
     Raises:
         ValueError: the split has some and the method asks for none.
     """
-    if job.cfg.model.members:
+    if cfg.model.members:
         return False  # each member is asked for itself
-    detector = job.cfg.model.detector
     try:
-        asks = bool(getattr(_locate(detector._target_), "SEMI_SUPERVISED", False))
+        asks = bool(getattr(_locate(cfg.model.detector._target_), "SEMI_SUPERVISED", False))
     except Exception:  # no such class: Hydra says so in its own words
         return False
-    if job.split.known.rate and not asks:
+    if cfg.split.known.rate and not asks:
         raise ValueError(
-            f"split.known.rate={job.split.known.rate}: {job.identity['model']} learns from no known anomalies (it is "
+            f"split.known.rate={cfg.split.known.rate}: {cfg.choices.model} learns from no known anomalies (it is "
             "not SEMI_SUPERVISED): set split.known.rate=0, or choose a method that does"
         )
     return asks

@@ -15,13 +15,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from lightning import Trainer
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils.validation import check_is_fitted
 
 from anomaly_lab import config, metrics, switches
-from anomaly_lab.build import epochs, make_augment, make_detector, make_prepare
+from anomaly_lab.build import epochs, make_augment, make_detector, make_lightning_trainer, make_prepare
 from anomaly_lab.data import OneClassData
 from anomaly_lab.datasets import Images
 from anomaly_lab.predict import FittedDetector
@@ -99,7 +98,6 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
             pixels, np.zeros(len(pixels), np.int64), np.zeros(len(pixels), bool), ("normal",), name="array"
         )
         prepare = make_prepare(cfg)
-        detector = make_detector(cfg, prepare.shape(images.pixels))
         data = OneClassData(
             images,
             _Everything(max_train=cfg.split.max_train, val_share=cfg.split.val_share, seed=cfg.split.seed),
@@ -109,9 +107,10 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
             epoch_steps=cfg.model.budget.epoch_steps,
             score_batch_size=cfg.trainer.score_batch_size,
             seed=cfg.seed,
-            known=detector.SEMI_SUPERVISED,
+            known=config.semi_supervised(cfg),
             augment=make_augment(cfg),
         )
+        detector = make_detector(cfg, data.image_shape, epochs(cfg, data))
         precision = cfg.trainer.precision
         with (
             tempfile.TemporaryDirectory() as folder,
@@ -123,19 +122,7 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
             said = logging.getLogger("lightning.pytorch")
             level = said.level
             said.setLevel(logging.WARNING)  # a cross-validation needs no greeting a fold
-            trainer = Trainer(
-                accelerator=cfg.trainer.accelerator,
-                devices=1,
-                precision="bf16-mixed" if precision == "bf16-mixed" else "32-true",
-                max_epochs=epochs(cfg, data),
-                inference_mode=False,
-                default_root_dir=folder,
-                num_sanity_val_steps=0,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
+            trainer = make_lightning_trainer(cfg, data, folder)
             try:
                 trainer.fit(detector.train(), datamodule=data.fitting(trainer.strategy.root_device))
             finally:

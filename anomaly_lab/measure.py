@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from lightning import Callback, LightningModule, Trainer
-from torch import nn
+from torch import Tensor, nn
 
 from anomaly_lab import figures, metrics, turns
 from anomaly_lab.build import make_networks
@@ -155,18 +155,21 @@ def learned(job: Job, detector: Detector, data: OneClassData) -> dict[str, float
     ``parameter_change``: |theta - theta_0| / |theta_0| against the weights before training; None without any.
     """
     rebuilt_error = mean_error = 0.0
+    mean: Tensor | None = None  # (C,S,S)
     with torch.no_grad():
-        mean = data.prepared("train").mean(0).to(detector.device)  # (C,S,S)
         for x in data.prepared("val").to(detector.device).split(100):
             rebuilt = detector.reconstruct(x)
             if rebuilt is None:
                 break
+            if mean is None:  # not for methods without reconstructions: it takes all training images
+                mean = data.prepared("train").mean(0).to(detector.device)
             rebuilt_error += float((x - rebuilt).square().sum())
             mean_error += float((x - mean).square().sum())
-        before = dict(make_networks(job.cfg, data.image_shape).named_parameters())
+        after = dict(detector.named_parameters())
+        before = dict(make_networks(job.cfg, data.image_shape).named_parameters()) if after else {}
         pairs = [
             (parameter.cpu(), before[name])
-            for name, parameter in detector.named_parameters()
+            for name, parameter in after.items()
             if name in before and before[name].shape == parameter.shape
         ]
         moved = sum(float((now - then).square().sum()) for now, then in pairs)

@@ -21,7 +21,7 @@ from lightning import Callback, LightningModule, Trainer
 from omegaconf import DictConfig, OmegaConf
 
 from anomaly_lab import config, record, switches, tracking, turns
-from anomaly_lab.build import load_checkpoint, make_data, make_detector, make_trainer, write_checkpoint
+from anomaly_lab.build import epochs, load_checkpoint, make_data, make_detector, make_trainer, write_checkpoint
 from anomaly_lab.calibration import surprise
 from anomaly_lab.config import Job
 from anomaly_lab.data import OneClassData, scored_at_once
@@ -116,7 +116,7 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback], lo
     if not 0 < cfg.trainer.threshold_quantile < 1:
         raise ValueError(f"trainer.threshold_quantile={cfg.trainer.threshold_quantile}: give a number between 0 and 1")
     data = make_data(job)
-    detector = make_detector(cfg, data.image_shape)
+    detector = make_detector(cfg, data.image_shape, epochs(cfg, data))
     class_name = split.title(data.images, data.target)
     title = f"{job.identity['model']} {job.identity['dataset']} {class_name}"
     watch = WatchTest(data, _oracles(cfg))

@@ -435,7 +435,7 @@ def dry_run(overrides: Sequence[str]) -> int:
         if tried[key]:
             raise ValueError(tried[key])
         if run.split.known.rate:
-            config.semi_supervised(run)
+            config.semi_supervised(run.cfg)
         if (line := config.caution(run)) is not None:
             cautions.add(line)
 

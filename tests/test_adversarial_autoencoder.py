@@ -290,7 +290,7 @@ def test_stopped_anywhere_it_resumes_to_the_same_bits(
         (["model.detector.w_anomaly=0.1"], "w_anomaly=0.1: .* choose 0 or less"),
         (["model.budget.stages.detect=15"], "whole epochs for each of the 10 rounds, not 50 and 15"),
         (["+model.budget.stages.more=1"], "are pretrain, detect, retrain, in this order"),
-        (["model.budget.stages.retrain=-1"], "stages.retrain=-1: give a whole number of epochs"),
+        (["model.budget.stages.retrain=-1"], "stages.retrain=-1: give a whole number from 0"),
     ],
 )
 def test_a_wrong_option_is_named_with_the_right_ones(overrides: list[str], message: str) -> None:

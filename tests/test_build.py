@@ -10,7 +10,8 @@ import pytest
 import torch
 from test_run import scores, tiny
 
-from anomaly_lab.build import make_detector, stream
+from anomaly_lab import config
+from anomaly_lab.build import epochs, make_data, make_detector, stream
 from anomaly_lab.run import run
 
 
@@ -34,6 +35,34 @@ def test_another_layout_of_weights_changes_the_order_of_sums_and_nothing_else(tm
 def test_a_budget_of_steps_is_rounded_up_to_epochs(tmp_path: Path) -> None:
     result = run(tiny(tmp_path / "runs", "model.budget.epochs=null", "model.budget.steps=4"))
     assert result is not None and result["epochs"] == 2 and result["steps"] == 6
+
+
+OVER_THE_BUDGET = sorted(
+    path.stem
+    for path in (config.CONFIG_DIR / "model").glob("*.yaml")
+    if "T_max: ${..budget.epochs}" in path.read_text()
+)
+
+
+@pytest.mark.parametrize("model", OVER_THE_BUDGET)
+def test_a_schedule_over_the_budget_spans_the_epochs_of_a_budget_of_steps(tmp_path: Path, model: str) -> None:
+    cfg = tiny(tmp_path / "runs", f"model={model}", "model.budget.epochs=null", "model.budget.steps=7")
+    data = make_data(config.job(cfg))
+    [optimizer], [schedule] = make_detector(cfg, data.image_shape, epochs(cfg, data)).configure_optimizers()
+    rates = []
+    for _ in range(epochs(cfg, data)):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    assert len(rates) == 3 and rates == sorted(rates, reverse=True)
+    assert rates[0] == cfg.model.optimizer.lr and optimizer.param_groups[0]["lr"] == 0
+
+
+def test_a_run_with_a_budget_of_steps_has_its_schedule(tmp_path: Path) -> None:
+    small = ["model=rotnet", "model.input.size=8", "model.detector.shift=2", "split.max_train=64", "split.max_test=64"]
+    cfg = tiny(tmp_path / "runs", *small, "model.budget.epochs=null", "model.budget.steps=4")
+    result = run(cfg)
+    assert result is not None and result["epochs"] == 2 and cfg.model.budget.epochs is None
 
 
 def test_stages_are_refused_by_methods_without_any(tmp_path: Path) -> None:
