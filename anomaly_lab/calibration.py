@@ -17,11 +17,11 @@ HELD_OUT = 10
 """One in so many training images takes no part in the training of a `Balanced` method."""
 
 
-def surprise(values: Tensor, normal: Tensor) -> Tensor:
-    """-log of the share of normal images with at least that value, (B,), given the ``normal`` values (V,), sorted.
+def surprisal(values: Tensor, normal: Tensor) -> Tensor:
+    """Negative log tail probability (B,): -log of the share of the sorted ``normal`` values (V,) that are at least it.
 
-    Between two of them it is interpolated, and beyond the last one it goes on as of an exponential distribution whose
-    mean excess is that of the upper tenth, so that no two values tie.
+    Interpolated between two of them; beyond the last one the tail is exponential, with the mean excess of their upper
+    tenth, so that no two values tie.
     """
     count = len(normal)
     ranks = torch.arange(count, device=normal.device)

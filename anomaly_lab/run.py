@@ -22,7 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from anomaly_lab import config, record, switches, tracking, turns
 from anomaly_lab.build import epochs, load_checkpoint, make_data, make_detector, make_trainer, write_checkpoint
-from anomaly_lab.calibration import surprise
+from anomaly_lab.calibration import surprisal
 from anomaly_lab.config import Job
 from anomaly_lab.data import OneClassData, scored_at_once
 from anomaly_lab.detector import Detector
@@ -200,7 +200,7 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback], lo
 
 
 def _fuse(job: Job, members: Sequence[Job], tracker: tracking.Tracker, lock: Lock) -> dict[str, Any]:
-    """The run whose score is the sum of its members' surprise (`calibration`), each told by its held-out normals."""
+    """The run whose score is the sum of its members' surprisal (`calibration`), each told by its held-out normals."""
     data = make_data(job)
     results: dict[str, dict[str, Any]] = {}
     sums = {"val_score": np.zeros(len(data.partition.val)), "score": np.zeros(len(data.partition.test))}
@@ -213,7 +213,7 @@ def _fuse(job: Job, members: Sequence[Job], tracker: tracking.Tracker, lock: Loc
             raise ValueError(f"{member.out} was made on another partition: delete that folder to make it anew")
         normal = found["val_score"].sort().values
         for part, scores in found.items():
-            sums[part] += surprise(scores, normal).numpy()
+            sums[part] += surprisal(scores, normal).numpy()
         results[result["identity"]["model"]] = result
     one = next(iter(results.values()))
     shown: Any = OmegaConf.to_container(job.cfg, resolve=True)

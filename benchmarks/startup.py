@@ -48,7 +48,7 @@ COMMANDS = {
     ),
     "anomaly-lab-report --help": ("report", ["--help"]),
 }
-"""What is measured, the function behind the command and its words. The dry run looks at 50 runs of MNIST."""
+"""What is measured, the function behind the command and its words. The dry run looks at 90 runs of MNIST."""
 
 RUNS = {
     "digits": ["model=shared_ae", "size=full", "dataset=digits", "split=pooled"],

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from anomaly_lab import config, results
-from anomaly_lab.calibration import surprise
+from anomaly_lab.calibration import surprisal
 from anomaly_lab.predict import load_run
 from anomaly_lab.run import run
 
@@ -36,7 +36,7 @@ def test_a_fused_run_adds_its_members_surprise_and_makes_those_that_are_missing(
     found, *members = (scores(job.out) for job in (config.job(cfg), mean, pca))
     for part in ("val_score", "score"):
         expected = sum(
-            surprise(torch.from_numpy(member[part]).double(), torch.from_numpy(np.sort(member["val_score"])).double())
+            surprisal(torch.from_numpy(member[part]).double(), torch.from_numpy(np.sort(member["val_score"])).double())
             for member in members
         )
         np.testing.assert_allclose(found[part], expected)

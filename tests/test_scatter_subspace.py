@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from anomaly_lab.calibration import surprise
+from anomaly_lab.calibration import surprisal
 from anomaly_lab.methods.scatter_subspace import ScatterSubspace, leading_axes
 
 
@@ -66,11 +66,11 @@ def test_leading_axes_are_those_of_the_covariance() -> None:
 
 def test_surprise_is_the_share_of_normals_with_at_least_that_value() -> None:
     normal = torch.randn(500, generator=generator()).sort().values
-    of_themselves = surprise(normal, normal)
+    of_themselves = surprisal(normal, normal)
     shares = torch.tensor([(normal >= value).sum() / 501 for value in normal])
     torch.testing.assert_close(of_themselves, -shares.log(), rtol=1e-3, atol=1e-3)
     values = torch.linspace(-10, 50, 2000)  # from below all normals to far beyond them
-    found = surprise(values, normal)
+    found = surprisal(values, normal)
     assert bool((found.diff() > 0).all()) and bool(found.isfinite().all()), "no two values tie"
 
 
@@ -79,7 +79,7 @@ def test_a_score_adds_the_surprise_of_both_terms_and_ranks_strange_images_last()
     normal, strange = features(30, 3), torch.randn(30, 2, 3, 3, generator=generator(4)) * 20
     x = torch.cat([normal, strange])
     terms = made.terms(x)
-    expected = surprise(terms["gaussian"], made.held_out[0]) + surprise(terms["neighbours"], made.held_out[1])
+    expected = surprisal(terms["gaussian"], made.held_out[0]) + surprisal(terms["neighbours"], made.held_out[1])
     torch.testing.assert_close(made.score(x), expected)
     assert made.score(strange).min() > made.score(normal).max()
     assert made.held_out.shape == (2, 12), "a fifth of the training images"

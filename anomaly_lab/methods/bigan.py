@@ -154,7 +154,7 @@ class ALAD(Bidirectional):
 
     Zenati, Romain, Foo, Lecouat & Chandrasekhar, "Adversarially learned anomaly detection", ICDM 2018 (arXiv
     1812.02288), in the order and with the constants of the authors' code for CIFAR-10 (houssamzenati/
-    Adversarially-Learned-Anomaly-Detection@1f1c310), all that the paper has switched on. With x^ = G(E(x)),
+    Adversarially-Learned-Anomaly-Detection@1f1c310). With x^ = G(E(x)),
     z^ = E(G(z)) and z ~ N(0, I), the three discriminators move together, then, on another batch, G and E together:
 
         D_xz   BCE(D_xz(x, E(x)), 1) + BCE(D_xz(G(z), z), 0)
@@ -165,9 +165,11 @@ class ALAD(Bidirectional):
     E and the discriminators have spectral norm; D_xx sees its two images one above the other. With f the features of
     D_xx, and the moving averages of all weights, the anomaly score is A(x) = sum |f(x, x) - f(x, x^)|.
 
-    *Where we differ from the authors' code:* the kernels of G, E and D_xz are DCGAN's; the averages are taken after a
-    move (theirs together with it); training ends after its budget (theirs when the score of held-out normals has not
-    fallen for ten epochs, and it then tests the last weights, not those of the best epoch).
+    *Where we differ from the authors' code:* the kernels of G, E and D_xz are DCGAN's, and start as DCGAN's (theirs all
+    from N(0, 0.01)); E's last convolution has spectral norm as well; the averages are taken after a move (theirs
+    together with it); training ends after its budget (theirs when the score of held-out normals has not fallen for ten
+    epochs, and it then tests the last weights, not those of the best epoch). Their ``--enable_dzz``, ``--sn`` and
+    ``--enable_early_stop`` are off by default; the paper's model has all three, ours the first two.
 
     Args: as in `Bidirectional`.
     """

@@ -24,7 +24,7 @@ PAIRS = 1000
 """Training images, drawn by the run's seed, whose distances give the median of `OneClassSVM`."""
 
 BANDWIDTHS = tuple(2 ** (k / 2) for k in range(-4, 11))
-"""Of `KernelDensity`: 2^-2 to 2^5, which holds both grids of the Deep SVDD repository's baselines."""
+"""Of `KernelDensity`: the upper fifteen of the Deep SVDD repository's twenty bandwidths, 2^-4.5 to 2^5."""
 
 MIXTURES = (1, 2, 4, 8)
 """Numbers of components that `GaussianMixture` chooses from."""

@@ -52,7 +52,7 @@ class Estimator(nn.Module):
 
 
 class LSA(Detector):
-    """Surprise and error: images are odd when their code is unlikely or their reconstruction bad.
+    """Surprisal and error: images are odd when their code is unlikely or their reconstruction bad.
 
     Abati, Porrello, Calderara & Cucchiara, "Latent space autoregression for novelty detection", CVPR 2019; the authors'
     code (aimagelab/novelty-detection@055d393) holds networks and test, training is made from the paper. A code z in

@@ -12,14 +12,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from anomaly_lab.calibration import surprise
+from anomaly_lab.calibration import surprisal
 from anomaly_lab.detector import Detector
 
 HELD_OUT = 5
-"""One in so many training images is scored by a fit that has not seen it, for the scales of the terms."""
+"""One in so many training images is held out of the first fit; their terms give the tail probabilities p."""
 
 ITERATIONS = 4
-"""Of the subspace iteration: the leading axes of log-scattering features are exact to three digits after two."""
+"""Of the subspace iteration: after two, the leading variances of log-scattering features have three exact digits."""
 
 OVERSAMPLING = 32
 """Axes that the subspace iteration follows beyond those that are kept."""
@@ -52,17 +52,21 @@ class ScatterSubspace(Detector):
 
         |v|_M^2 = v' (C + ridge tr(C)/D I)^-1 v,
 
-    of which the r leading axes of C are used and the variance beyond them is taken for isotropic, as in probabilistic
-    PCA (Tipping & Bishop 1999). The terms of the score are
+    with C replaced by its r leading axes and one variance for all other directions, as in probabilistic PCA (Tipping &
+    Bishop 1999). The terms of the score are
 
         gaussian:    |phi(x) - m|_M
         neighbours:  mean of |phi(x) - phi(n)|_M over the k nearest normal images n
 
-    and the score adds, over the terms, -log p(t) with p the share of normal images that have at least t: normals that
-    were held out of a first fit say it, and beyond the farthest of them it falls exponentially. The two experts are
-    then fitted again to all normals. Nothing is learned by gradients, and no label is seen.
+    In this metric ``gaussian`` is exact. Of a neighbour's distance only the part along the axes is: of the training
+    images the coordinates on the axes and one squared length beyond them are kept, and beyond the axes the squared
+    distance is taken for the sum of both squared lengths, that of orthogonal vectors.
 
-    The features come from ``model.input.features``, `anomaly_lab.scattering.LogScattering` in the yaml; any others do.
+    The score is the sum over both terms of -log p(t), where p(t) is the share of held-out normals whose term is at
+    least t (`anomaly_lab.calibration.surprisal`). Every fifth training image is held out of a first fit, which gives p;
+    a second fit, to all of them, gives the terms of test images. No gradients are taken and no label is read.
+
+    The features come from ``model.input.features``: `anomaly_lab.scattering.LogScattering` in the yaml.
 
     Args:
         axes: r, at most. ridge: share of the mean variance that is added to every direction's. neighbours: k.
@@ -109,14 +113,14 @@ class ScatterSubspace(Detector):
     def terms(self, x: Tensor) -> Mapping[str, Tensor]:
         place, rest = Metric(self.mean, self.directions, self.deviations, self.beyond).place(x.flatten(1))
         gaussian = place.square().sum(1) + rest
-        # What lies beyond the axes of two images is taken for orthogonal.
+        # Beyond the axes no product: taken for orthogonal.
         order = self.bank.square().sum(1) + self.bank_rest - 2 * place @ self.bank.T  # (B,N)
         nearest = order.topk(self.neighbours, largest=False).values  # (B,k)
         neighbours = (nearest + gaussian[:, None]).clamp_min(0).sqrt().mean(1)
         return {"gaussian": gaussian.sqrt().float(), "neighbours": neighbours.float()}
 
     def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
-        return torch.stack([surprise(terms[name], self.held_out[i]) for i, name in enumerate(self.TERMS)]).sum(0)
+        return torch.stack([surprisal(terms[name], self.held_out[i]) for i, name in enumerate(self.TERMS)]).sum(0)
 
 
 def leading_axes(centred: Tensor, rank: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:

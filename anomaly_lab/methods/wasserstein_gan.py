@@ -77,9 +77,8 @@ class FAnoGAN(WassersteinGAN):
     The anomaly score is L_E of the image.
 
     *Where we differ from the authors' code:* the networks are DCGAN's at our image size, 32 pixels, where theirs are
-    residual at 64. ``code_activation`` names the three outputs that they switch between: under a tanh no code has an
-    entry beyond 1, where a third of N(0, 1) lies; 3 tanh reaches nearly all of it. (The port A03ki/f-AnoGAN@900f9d6 has
-    batch norm with an epsilon of 0.8, which was meant as a momentum.)
+    residual at 64; E has layer norm, as D. ``code_activation`` names three outputs of E: under a tanh no code has an
+    entry beyond 1, where a third of N(0, 1) lies; 3 tanh reaches nearly all of it.
 
     Args: as in `WassersteinGAN`, and
         kappa: weight of the features.
