@@ -46,7 +46,8 @@ OVER_THE_BUDGET = sorted(
 
 @pytest.mark.parametrize("model", OVER_THE_BUDGET)
 def test_a_schedule_over_the_budget_spans_the_epochs_of_a_budget_of_steps(tmp_path: Path, model: str) -> None:
-    cfg = tiny(tmp_path / "runs", f"model={model}", "model.budget.epochs=null", "model.budget.steps=7")
+    steps = ["model.batch_size=64", "model.budget.epochs=null", "model.budget.steps=7"]
+    cfg = tiny(tmp_path / "runs", f"model={model}", *steps)
     data = make_data(config.job(cfg))
     [optimizer], [schedule] = make_detector(cfg, data.image_shape, epochs(cfg, data)).configure_optimizers()
     rates = []
