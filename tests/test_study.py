@@ -1,0 +1,77 @@
+"""The study of criteria without labels: it finds what was planted, and its page is made from the committed tables."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+import numpy as np
+import pandas as pd
+import pytest
+
+STUDY = Path(__file__).parent.parent / "docs/study.py"
+
+
+@pytest.fixture(scope="module")
+def study() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("study", STUDY)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def planted() -> pd.DataFrame:
+    """Twelve classes, ten methods each: a criterion that is a monotone function of AUROC, and one drawn by lot."""
+    random = np.random.RandomState(0)
+    auroc = random.uniform(0.5, 1, 120)
+    named = [str(i // 10) for i in range(120)]
+    return pd.DataFrame(
+        {
+            **{"dataset": "planted", "class_name": named, "fingerprint": named, "auroc": auroc},
+            **{"told": -np.exp(5 * auroc), "drawn": random.randn(120), "constant": 1.0},
+        }
+    )
+
+
+def test_a_monotone_function_of_auroc_has_correlation_1_and_chooses_the_best(
+    study: ModuleType, planted: pd.DataFrame
+) -> None:
+    found = study.finding(study.groups_of(planted, ["fingerprint"], "told", -1))
+    assert found.rho == found.low == found.high == pytest.approx(1)
+    assert found.gain == pytest.approx(found.best) and found.best > 0.1
+    assert (found.groups, found.problems) == (12, 12)
+    other = study.finding(study.groups_of(planted, ["fingerprint"], "told", 1))
+    assert other.rho == pytest.approx(-1) and other.gain < -0.1
+
+
+def test_a_criterion_drawn_by_lot_has_an_interval_around_0_and_gains_nothing(
+    study: ModuleType, planted: pd.DataFrame
+) -> None:
+    found = study.finding(study.groups_of(planted, ["fingerprint"], "drawn", 1))
+    assert found.low < 0 < found.high and found.high - found.low < 1
+    assert abs(found.gain) < found.best / 3
+
+
+def test_what_does_not_vary_or_has_too_few_classes_has_no_finding(study: ModuleType, planted: pd.DataFrame) -> None:
+    assert study.finding(study.groups_of(planted, ["fingerprint"], "constant", 1)) is None
+    assert study.finding(study.groups_of(planted[:20], ["fingerprint"], "told", -1)) is None
+
+
+def test_a_class_counts_once_however_many_groups_it_has(study: ModuleType) -> None:
+    up, down = np.arange(3.0), np.arange(3.0)[::-1]
+    groups = [study.Group(("d", "a"), up, up)] * 8 + [study.Group(("d", name), down, up) for name in "bcd"]
+    assert study.finding(groups).rho == pytest.approx(-0.5)
+
+
+def test_the_page_is_of_every_committed_run_once(study: ModuleType) -> None:
+    runs, epochs = study.committed(STUDY.parent.parent / "experiments")
+    assert not runs.duplicated(["fingerprint", "model", "changed", "seed"]).any() and len(runs) > 500
+    found = study.findings(runs, epochs)
+    assert found.keys() == study.QUESTIONS.keys() and found["methods"]["held-out score"].problems > 20
+    page, written = study.page(runs, epochs, found), study.PAGE.read_text(encoding="utf-8")
+    headings = [line for line in page.splitlines() if line.startswith(("#", "| held-out", "!["))]
+    for line in headings:
+        assert line.split("|")[1 if line.startswith("|") else 0] in written
