@@ -6,7 +6,7 @@ WORKERS ?= 2
 PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 15
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-slow test-ray test-all soak bench bench-gpu lint package format clean
+.PHONY: help install demo test test-slow test-ray test-all soak bench bench-gpu lint site package format clean
 
 help: ## show this list
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
@@ -17,7 +17,7 @@ install: $(BIN)/.installed ## make .venv with everything the commands and the te
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "anomaly_lab needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,parallel,slurm,optuna,dashboard]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,parallel,slurm,optuna,dashboard,site]'
 	touch $@
 
 demo: install ## train the default run on the embedded digits, then show the table and where the figures are
@@ -30,7 +30,7 @@ test: install ## run the tests but the slow ones; real data in ANOMALY_LAB_DATA 
 # Marked slow: a real Slurm, processes that are killed, signals to real processes, launchers with worker processes, full
 # disks, several runs at a time to the bit, the contract of all methods but one of each kind, the notebook, a bare
 # Lightning Trainer held to a run for all but one method of each kind, the wheel in an environment of its own, benchmarks,
-# committed results composed anew, methods trained until they detect.
+# committed results composed anew, the site and its links, methods trained until they detect.
 test-slow: install ## run the tests that `make test` leaves out
 	$(PYTEST) -m slow
 
@@ -63,6 +63,10 @@ lint: install ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# The variable silences an advertisement of mkdocs-material's makers.
+site: install ## build the site into build/site; a link that leads nowhere fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet --config-file site/mkdocs.yml
 
 package: install ## build the wheel and the source distribution into dist/, and check what a package index would show
 	rm -rf dist

@@ -23,6 +23,12 @@ LEARNED = 0.1
 """A run is marked if its reconstructions explain less than this share of the held-out normals' variance around their
 mean image: one principal component explains .12 (a digit of MNIST) to .41 (a class of Fashion-MNIST) of it."""
 
+BLOCKS = ("floor", "from scratch", "pretrained", "ceiling")
+"""Of methods that must not be ranked among each other."""
+
+FLOORS = ("mean_image", "pca", "knn")
+"""Methods without a gradient that a detector has to be above to have learned anything."""
+
 MOVED = 1e-3
 """Relative change of the parameters below which a run is marked: the first Adam step of 2e-4 moves them further."""
 
@@ -104,7 +110,7 @@ def table(frame: pd.DataFrame, dataset: str, split: str, expected: Sequence[Job]
     rows = []
     for name in sorted(about, key=lambda name: results.natural(name.rstrip("]"))):  # as the frame is sorted
         run = about[name]
-        own = part[part["label"] == name]
+        own = part.loc[part["label"] == name, [*_OF_A_RUN]]
         figures = {} if run["problem"] else results.published(run["published_as"], dataset, split)
         cells: dict[int | str, Cell] = {}
         for c in classes:
@@ -119,6 +125,10 @@ def table(frame: pd.DataFrame, dataset: str, split: str, expected: Sequence[Job]
         )
     role = str(part["role"].iloc[0]) if len(part) else "normal"
     return Table(dataset, split, role, classes, len(seeds), tuple(rows), len(part))
+
+
+_OF_A_RUN = ("normal_class", "seed", "auroc", "oracle_auroc", "explained_variance", "parameter_change")
+"""The columns that cells are made of: selecting rows of all sixty takes most of a table's time."""
 
 
 def _cell(runs: pd.DataFrame, values: list[float], present: int, expected: int, **more: Any) -> Cell:
@@ -162,6 +172,80 @@ def _sd(values: Sequence[float]) -> float | None:
         return None
     mean = sum(values) / len(values)
     return math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A row of the table of everything: a method with its settings at one size on one data set under one protocol."""
+
+    method: str
+    label: str  # of the row: the model and what was changed
+    size: str  # small | full: the paper's, or the only one
+    changed: str  # `key=value key=value`
+    problem: str  # the part of it that makes it another problem: contamination, fewer images, several classes
+    dataset: str
+    split: str
+    block: str  # floor | from scratch | pretrained | ceiling
+    mean: Cell  # over classes, with the published mean
+    classes: dict[int | str, str]  # that have runs
+    whole: int | None  # how many one-class problems the protocol has; None where nothing recorded it
+    seeds: tuple[int, ...]
+    published_as: str  # the method whose published figures stand beside it, where that is another; else empty
+    sources: tuple[str, ...]  # names of the frames that hold its runs
+
+
+def overview(frames: Mapping[str, pd.DataFrame]) -> list[Entry]:
+    """Every run of all frames, aggregated by method, settings, data set and protocol; sorted, the best mean first.
+
+    A run that several frames hold counts once. The seeds expected of a method are those that it has itself.
+
+    Args:
+        frames: of `results.read` or `results.read_csv`, by a name that `Entry.sources` repeats.
+
+    Raises:
+        ValueError: one run has two results, or runs that share a name were made of other images or settings.
+    """
+    import pandas as pd
+
+    plain = [column.name for column in results.COLUMNS] + ["label", "problem"]  # frames differ in their parameters
+    union = pd.concat([frame[plain].assign(source=name) for name, frame in frames.items()], ignore_index=True)
+    key = ["dataset", "split", "label", "normal_class", "seed"]
+    for (*_, label, _, _), runs in union[union.duplicated(key, keep=False)].groupby(key):
+        if runs["auroc"].nunique() > 1:
+            raise ValueError(f"{label} has two results in {' and '.join(runs['source'])}: make the older one again")
+    sources = union.groupby(["dataset", "split", "label"])["source"].unique()
+    # Of the same run, earlier code recorded less.
+    fullest = union.assign(known=union.notna().sum(axis=1)).sort_values("known", ascending=False, kind="stable")
+    runs = fullest.drop_duplicates(key).drop(columns="known").sort_index()
+    results.refuse_mixtures(runs)
+    entries = []
+    for (dataset, split, label), own in runs.groupby(["dataset", "split", "label"], sort=False):
+        [row] = table(own, dataset, split).rows
+        run = own.iloc[0]
+        block = "floor" if run["method"] in FLOORS else "pretrained" if row.pretrained else "from scratch"
+        entries.append(
+            Entry(
+                method=run["method"],
+                label=label,
+                size="full" if run["model"] == run["method"] else "small",
+                changed=run["changed"],
+                problem=run["problem"],
+                dataset=dataset,
+                split=split,
+                block="ceiling" if row.labels else block,
+                mean=row.cells["mean"],
+                classes=dict(sorted(zip(own["normal_class"], own["class_name"], strict=True), key=_by_class)),
+                whole=None if math.isnan(own["classes"].max()) else int(own["classes"].max()),
+                seeds=tuple(sorted(set(own["seed"].tolist()))),
+                published_as=row.published_as,
+                sources=tuple(sources[dataset, split, label]),
+            )
+        )
+    return sorted(entries, key=lambda e: (e.dataset, e.split, e.problem, -(e.mean.mean or 0.0), e.label))
+
+
+def _by_class(item: tuple[int | str, str]) -> tuple[bool, Any]:
+    return results.class_order(item[0])
 
 
 class Comparison(NamedTuple):

@@ -179,3 +179,51 @@ def test_methods_are_not_compared_across_problems(runs: Runs) -> None:
         runs.add(0.7 + 0.01 * c, c=c, model=SHARED, changed={"split.contamination.rate": 0.1})
     [found] = tables.significance(results.read(runs.root), "mnist", "official")
     assert "rate=0.1" in found.first and "rate=0.1" in found.second
+
+
+# -------------------------------------------------------------------------------- the table of everything
+
+
+def test_overview_aggregates_the_runs_of_all_frames_and_counts_each_once(runs: Runs, tmp_path: Path) -> None:
+    for c in range(10):
+        for seed, auroc in enumerate((0.9, 0.8)):
+            runs.add(auroc, c=c, seed=seed)
+    runs.add(0.7, model="mean_image", c=3)
+    other = Runs(tmp_path / "other")
+    other.add(0.9, c=0)  # a run that both have
+    other.add(0.95, c=0, changed={"model.budget.epochs": 2})
+    found = tables.overview({"one": results.read(runs.root), "two": results.read(other.root)})
+    assert [(e.method, e.size, e.changed, e.block) for e in found] == [
+        ("autoencoder", "small", "model.budget.epochs=2", "from scratch"),
+        ("autoencoder", "small", "", "from scratch"),
+        ("mean_image", "full", "", "floor"),
+    ]
+    changed, whole, floor = found
+    assert whole.mean.mean == pytest.approx(0.85) and whole.mean.sd == pytest.approx(np.std([0.9, 0.8], ddof=1))
+    assert (len(whole.classes), whole.whole, whole.seeds, whole.mean.present, whole.mean.flag) == (
+        10,
+        10,
+        (0, 1),
+        20,
+        "",
+    )
+    assert whole.sources == ("one", "two") and changed.sources == ("two",)
+    assert (list(floor.classes), floor.mean.flag, floor.seeds) == ([3], "1/10 classes", (0,))
+
+
+def test_overview_compares_means_over_all_classes_only(runs: Runs) -> None:
+    for c in range(10):
+        runs.add(0.9, model=SHARED, c=c)
+    runs.add(0.9, model=SHARED, c=2, changed={"model.budget.epochs": 2})
+    part, whole = sorted(tables.overview({"one": results.read(runs.root)}), key=lambda e: len(e.classes))
+    figure = results.published("shared_ae", "mnist", "official")["mean"]
+    assert whole.mean.difference == pytest.approx(0.9 - figure.value)
+    assert part.mean.published == figure and part.mean.difference is None
+
+
+def test_overview_refuses_one_run_with_two_results(runs: Runs, tmp_path: Path) -> None:
+    runs.add(0.9)
+    other = Runs(tmp_path / "other")
+    other.add(0.91)
+    with pytest.raises(ValueError, match=r"autoencoder_small has two results in one and two: make the older one again"):
+        tables.overview({"one": results.read(runs.root), "two": results.read(other.root)})
