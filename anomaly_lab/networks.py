@@ -219,8 +219,13 @@ class _Cut(NamedTuple):
 
 # VGG19 up to relu4_2 is PIAD's choice: stride 8, the second convolution at that stride, the tenth in all. SqueezeNet
 # is cut at the corresponding place: stride 8, the second fire module at that stride, eleven convolutions deep. Images
-# of 32 pixels leave 4×4 and 3×3 positions; one pooling further, SqueezeNet would leave a single one.
-_CUTS = {"vgg19": _Cut("VGG19_Weights", 23, 512, 8), "squeezenet1_0": _Cut("SqueezeNet1_0_Weights", 9, 384, 16)}
+# of 32 pixels leave 4×4 and 3×3 positions; one pooling further, SqueezeNet would leave a single one. VGG19 up to
+# relu3_2 is the choice of the deep perceptual autoencoder (ADDPA) for such images.
+_CUTS = {
+    "vgg19": _Cut("VGG19_Weights", 23, 512, 8),
+    "vgg19_relu3_2": _Cut("VGG19_Weights", 14, 256, 4),
+    "squeezenet1_0": _Cut("SqueezeNet1_0_Weights", 9, 384, 16),
+}
 
 Weights = Literal["torchvision", "file", "random"]
 
@@ -231,7 +236,7 @@ class PerceptualFeatures(nn.Module):
     Grey images are repeated to three channels; [-1, 1] is mapped to ImageNet's mean and standard deviation.
 
     Args:
-        architecture: ``vgg19`` up to relu4_2, or ``squeezenet1_0`` up to fire6.
+        architecture: ``vgg19`` up to relu4_2, ``vgg19_relu3_2``, or ``squeezenet1_0`` up to fire6.
         weights: ``torchvision``: its published ones, from ``TORCH_HOME`` or fetched to there. ``file``: a state dict of
             the architecture at ``path``, with or without the classifier. ``random``: drawn from torch's global
             generator (He et al. 2015), the baseline without pretraining.
@@ -275,7 +280,7 @@ class PerceptualFeatures(nn.Module):
         self.architecture, self.weights, self.channels = architecture, weights, cut.channels
         self._statistics = dict(statistics or {})
         with torch.device("meta"):  # no memory for the classifier, the larger part
-            layers = getattr(models, architecture)().features[: cut.layers]
+            layers = getattr(models, architecture.removesuffix("_relu3_2"))().features[: cut.layers]
         self.layers: nn.Sequential = layers.to_empty(device="cpu")
         if weights == "random":
             _init_he(self.layers)

@@ -133,7 +133,7 @@ def init_residual(module: nn.Module) -> None:
         nn.init.kaiming_normal_(module.weight, SLOPE, mode="fan_in")
 
 
-def _levels(name: str, widths: Sequence[int], size: int) -> int:
+def levels(name: str, widths: Sequence[int], size: int) -> int:
     """How many widths images of S pixels take: one for each of S, S/2, ..., 8 and one more."""
     if size < 8 or size & (size - 1):
         raise ValueError(f"PIAD halves the image down to 4×4: give model.input.size 8, 16, 32, ..., not {size}")
@@ -193,7 +193,71 @@ class GradientBalance(nn.Module):
         return w @ sizes
 
 
-class PIAD(Detector):
+class PerceptualDetector(Detector):
+    """An encoder E and a generator G whose reconstruction is judged by pretrained features f, normalised by channel.
+
+        L_rec(x) = mean|f(x) - f(G(E(x)))| / mean|f(x)|          relative-perceptual-L1, the anomaly score
+
+    A subclass makes ``encoder`` and ``generator``, then calls `use_features`.
+
+    *Where we differ from the authors' code* (github.com/ninatu/piad, adcb8fa): channel statistics of f come from the
+    training images unless a file is given (theirs are of ImageNet, a file in their repository; the divisor that their
+    code calls ``var`` is a standard deviation, as ours is); no standard deviation is taken below a tenth of the root
+    mean square over channels, since narrow normals leave channels almost unmoved; the denominator of L_rec is at least
+    0.001, against a division by zero (f has unit spread).
+    """
+
+    encoder: nn.Module
+    generator: nn.Module
+    features: PerceptualFeatures | None
+    feature_mean: Tensor
+    feature_std: Tensor
+
+    def use_features(self, image_shape: Sequence[int], features: Callable[[], PerceptualFeatures] | None) -> None:
+        """Make f, None for the image itself: after the networks, whose initial weights must not depend on it."""
+        self.features = features() if features is not None else None
+        if self.features is not None:
+            self.features.refuse(image_shape)
+        count = image_shape[0] if self.features is None else self.features.channels  # K
+        self.register_buffer("feature_mean", torch.zeros(count, 1, 1))
+        self.register_buffer("feature_std", torch.ones(count, 1, 1))
+
+    def before_fit(self, images: Tensor) -> None:
+        statistics = None if self.features is None else self.features.given_statistics()
+        mean, std = statistics or channel_statistics(self._plain_features(x) for x in images.split(256))
+        self.feature_mean.copy_(mean.view(-1, 1, 1))
+        self.feature_std.copy_(std.clamp(min=0.1 * std.square().mean().sqrt()).view(-1, 1, 1))
+
+    def relative_l1(self, x: Tensor, y: Tensor) -> Tensor:
+        """mean|f(x) - f(y)| / mean|f(x)| of each image, gradients through y alone: (B,C,S,S), (B,C,S,S) -> (B,)."""
+        target, size = self._target(x)
+        return (target - self._normalised_features(y)).abs().flatten(1).mean(1) / size
+
+    def _target(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.no_grad():
+            target = self._normalised_features(x)  # (B,K,s,s)
+            return target, target.abs().flatten(1).mean(1).clamp(min=1e-3)  # (B,)
+
+    def _plain_features(self, x: Tensor) -> Tensor:
+        return x if self.features is None else self.features(x)
+
+    def _normalised_features(self, x: Tensor) -> Tensor:
+        return (self._plain_features(x) - self.feature_mean) / self.feature_std
+
+    def score(self, x: Tensor) -> Tensor:
+        return self.relative_l1(x, self.reconstruct(x))
+
+    def reconstruct(self, x: Tensor) -> Tensor:
+        return self.generator(self.encoder(x))
+
+    def anomaly_map(self, x: Tensor) -> Tensor:
+        """What the score is the mean of, before that: the error of the features, brought to S×S pixels."""
+        target, size = self._target(x)
+        error = (target - self._normalised_features(self.reconstruct(x))).abs().mean(1, keepdim=True)
+        return F.interpolate(error / size.view(-1, 1, 1, 1), x.shape[-2:], mode="bilinear").squeeze(1)
+
+
+class PIAD(PerceptualDetector):
     """Encoder E and generator G between images and N(0, I), a critic in each space, and a perceptual reconstruction.
 
     Tuluptceva, Bakker, Fedulova, Konushin, "Perceptual image anomaly detection", ACPR 2019 (arXiv 1909.05904). With f
@@ -209,11 +273,7 @@ class PIAD(Detector):
     gamma_E and gamma_G are chosen by `GradientBalance`, just before the move of every ``gamma_every``-th step.
 
     Architecture, initialisation, order and constants are those of the authors' code (github.com/ninatu/piad, adcb8fa).
-    *Where we differ:* channel statistics of f come from the training images unless a file is given (theirs are of
-    ImageNet, a file in their repository; the divisor that their code calls ``var`` is a standard deviation, as ours
-    is); no standard deviation is taken below a tenth of the root mean square over channels, since
-    narrow normals leave channels almost unmoved; the denominator of L_rec is at least 0.001, against a division by zero
-    (f has unit spread).
+    *Where we differ:* in the features' normalisation, see `PerceptualDetector`.
 
     Args:
         encoder_widths, generator_widths, image_critic_widths: channels from one resolution to the next, see the
@@ -224,9 +284,6 @@ class PIAD(Detector):
         gamma_every: steps between two choices of gamma. gamma_history, gamma_smoothing: see `GradientBalance`.
         features: makes f. None: f is the image itself, normalised likewise.
     """
-
-    feature_mean: Tensor
-    feature_std: Tensor
 
     def __init__(
         self,
@@ -251,7 +308,7 @@ class PIAD(Detector):
             raise ValueError(f"model.detector.gamma_smoothing={gamma_smoothing}: give a number above 0, at most 1")
         channels, size, _ = image_shape
         e, g, c = (
-            _levels(name, widths, size)
+            levels(name, widths, size)
             for name, widths in (
                 ("encoder_widths", encoder_widths),
                 ("generator_widths", generator_widths),
@@ -270,13 +327,7 @@ class PIAD(Detector):
             GradientBalance(len(_weights(network)), history=gamma_history, smoothing=gamma_smoothing)
             for network in (self.encoder, self.generator)
         )
-        # Last, so that the initial weights of the networks above do not depend on the features.
-        self.features = features() if features is not None else None
-        if self.features is not None:
-            self.features.refuse(image_shape)
-        count = channels if self.features is None else self.features.channels  # K
-        self.register_buffer("feature_mean", torch.zeros(count, 1, 1))
-        self.register_buffer("feature_std", torch.ones(count, 1, 1))
+        self.use_features(image_shape, features)
 
     def players(self) -> Mapping[str, Sequence[nn.Module]]:
         return {
@@ -284,12 +335,6 @@ class PIAD(Detector):
             "latent_critic": [self.latent_critic],
             "encoder_generator": [self.encoder, self.generator],
         }
-
-    def before_fit(self, images: Tensor) -> None:
-        statistics = None if self.features is None else self.features.given_statistics()
-        mean, std = statistics or channel_statistics(self._plain_features(x) for x in images.split(256))
-        self.feature_mean.copy_(mean.view(-1, 1, 1))
-        self.feature_std.copy_(std.clamp(min=0.1 * std.square().mean().sqrt()).view(-1, 1, 1))
 
     def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
         for _ in range(self.critic_rounds):
@@ -343,34 +388,6 @@ class PIAD(Detector):
         other = torch.autograd.grad(adversarial_z + adversarial_x, e + g)  # one reaches E alone, the other G alone
         self.balance_encoder.update(own[: len(e)], other[: len(e)])
         self.balance_generator.update(own[len(e) :], other[len(e) :])
-
-    def relative_l1(self, x: Tensor, y: Tensor) -> Tensor:
-        """mean|f(x) - f(y)| / mean|f(x)| of each image, gradients through y alone: (B,C,S,S), (B,C,S,S) -> (B,)."""
-        target, size = self._target(x)
-        return (target - self._normalised_features(y)).abs().flatten(1).mean(1) / size
-
-    def _target(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        with torch.no_grad():
-            target = self._normalised_features(x)  # (B,K,s,s)
-            return target, target.abs().flatten(1).mean(1).clamp(min=1e-3)  # (B,)
-
-    def _plain_features(self, x: Tensor) -> Tensor:
-        return x if self.features is None else self.features(x)
-
-    def _normalised_features(self, x: Tensor) -> Tensor:
-        return (self._plain_features(x) - self.feature_mean) / self.feature_std
-
-    def score(self, x: Tensor) -> Tensor:
-        return self.relative_l1(x, self.reconstruct(x))
-
-    def reconstruct(self, x: Tensor) -> Tensor:
-        return self.generator(self.encoder(x))
-
-    def anomaly_map(self, x: Tensor) -> Tensor:
-        """What the score is the mean of, before that: the error of the features, brought to S×S pixels."""
-        target, size = self._target(x)
-        error = (target - self._normalised_features(self.reconstruct(x))).abs().mean(1, keepdim=True)
-        return F.interpolate(error / size.view(-1, 1, 1, 1), x.shape[-2:], mode="bilinear").squeeze(1)
 
 
 def _weights(network: nn.Module) -> list[nn.Parameter]:
