@@ -476,7 +476,7 @@ def test_a_file_without_the_weights_is_said_in_one_line(weights_file: Any, tmp_p
         path, sha256 = weights_file
         PerceptualFeatures("vgg19", weights="file", path=str(path), sha256=sha256)
     one_line(error)
-    with pytest.raises(ValueError, match="architecture=resnet50: choose one of vgg19, squeezenet1_0"):
+    with pytest.raises(ValueError, match="architecture=resnet50: choose one of vgg19, vgg19_relu3_2, squeezenet1_0"):
         PerceptualFeatures("resnet50", weights="random")
 
 
