@@ -128,7 +128,7 @@ def test_losses_of_one_stage_only_are_drawn_over_its_epochs() -> None:
 )
 def test_grid_has_the_rows_a_method_can_give(reconstructions, maps, rows: list[str]) -> None:
     figure = figures.reconstruction_grid(IMAGES, reconstructions, maps, SCORE[:4], CAPTIONS)
-    assert len(figure.axes) == 4 * len(rows)
+    assert len(figure.axes[0].images) == 4 * len(rows)
     written = texts(figure).splitlines()
     assert [text for text in written if text in ("input", "reconstruction", "error", "anomaly map")] == rows
     assert [text for text in written if text in CAPTIONS] == ["normal", "anomalous"]  # once a group
