@@ -28,7 +28,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
 
 from anomaly_lab import record
 
@@ -66,7 +66,7 @@ LATER = {
 """Keys that came after the first committed results, with the value at which a run is what it was without them."""
 
 NAMES_OF_RUNS = ("normal_class", "abnormal_class", "seed")
-"""Top-level keys that name a run and choose no config group; jobs that differ in these alone are composed once."""
+"""Top-level keys that name a run and choose no config group."""
 
 SMALL = "_small"
 """Ends the name of a run's model where its size is reduced: in folders, in tables, in every committed result."""
@@ -149,25 +149,34 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
 
 
 def compose_all(jobs: Iterable[Sequence[str]]) -> Iterator[DictConfig]:
-    """What `compose` gives for each of ``jobs``; those that differ in class and seed alone are composed once.
+    """What `compose` gives for each of ``jobs``; those that choose the same files are composed once.
 
     Composing takes a tenth of a second: half a minute for a table of three hundred runs.
     """
     parser = OverridesParser.create()
     composed: dict[tuple[str, ...], DictConfig] = {}
     for job in jobs:
-        names = [word.split("=")[0] in NAMES_OF_RUNS for word in job]
-        rest = tuple(word for word, named in zip(job, names, strict=True) if not named)
-        parsed = parser.parse_overrides([word for word, named in zip(job, names, strict=True) if named])
+        later = [_is_set_last(word) for word in job]
+        rest = tuple(word for word, last in zip(job, later, strict=True) if not last)
+        parsed = parser.parse_overrides([word for word, last in zip(job, later, strict=True) if last])
         if any(override.is_sweep_override() for override in parsed):
             yield compose(job)  # it raises, and names the override
             continue
         if rest not in composed:
             composed[rest] = compose(rest)
         cfg = composed[rest].copy()
-        for override in parsed:  # as Hydra does with what is left over after the groups
-            OmegaConf.update(cfg, override.get_key_element(), override.value(), merge=True)
+        try:
+            for override in parsed:  # as Hydra does with what is left over after the groups
+                OmegaConf.update(cfg, override.get_key_element(), override.value(), merge=True)
+        except OmegaConfBaseException:
+            cfg = compose(job)  # it raises, and names the override
         yield cfg
+
+
+def _is_set_last(word: str) -> bool:
+    """Whether an override chooses no file: it names a run, or sets a key inside of a section."""
+    key = word.split("=")[0]
+    return key in NAMES_OF_RUNS or bool(re.fullmatch(r"(?!hydra\.)\w+(\.\w+)+", key))
 
 
 def _compose(overrides: Sequence[str]) -> DictConfig:
@@ -226,16 +235,21 @@ def grids(overrides: Sequence[str]) -> list[list[str]]:
 
     An experiment may itself sweep ``experiment``: its runs are those of the experiments that it names.
     """
+    return [grid for grid, _ in _grids(overrides)]
+
+
+def _grids(overrides: Sequence[str]) -> list[tuple[list[str], Sweep | None]]:
+    """`grids`, each with the multirun that it describes where that had to be composed."""
     parsed = OverridesParser.create().parse_overrides(overrides=list(overrides))
     rest = [text for text, one in zip(overrides, parsed, strict=True) if one.get_key_element() != "experiment"]
     named = [one for one in parsed if one.get_key_element() == "experiment"]
     if named and named[-1].is_sweep_override():
         each = ([*rest, f"experiment={name}"] for name in named[-1].sweep_string_iterator())
-        return [grid for one in each for grid in grids(one)]
-    own = sweep(overrides).grid if named else {}
-    if "experiment" in own:
-        return grids([*(f"{key}={value}" for key, value in own.items()), *rest])
-    return [list(overrides)]
+        return [grid for one in each for grid in _grids(one)]
+    own = sweep(overrides) if named else None
+    if own is not None and "experiment" in own.grid:
+        return _grids([*(f"{key}={value}" for key, value in own.grid.items()), *rest])
+    return [(list(overrides), own)]
 
 
 def jobs(overrides: Sequence[str]) -> list[list[str]]:
@@ -244,14 +258,13 @@ def jobs(overrides: Sequence[str]) -> list[list[str]]:
     Raises:
         ValueError: the sweeper chooses its points itself.
     """
-    return [job for grid in grids(overrides) for job in _jobs(grid)]
+    return [job for grid, own in _grids(overrides) for job in _jobs(grid, own or sweep(grid))]
 
 
-def _jobs(overrides: Sequence[str]) -> list[list[str]]:
-    _, grid, chooses_points = sweep(overrides)
-    if chooses_points:
+def _jobs(overrides: Sequence[str], own: Sweep) -> list[list[str]]:
+    if own.chooses_points:
         raise ValueError("this sweeper chooses its points while it runs: there is no list of them beforehand")
-    given = [f"{key}={value}" for key, value in grid.items()] + list(overrides)
+    given = [f"{key}={value}" for key, value in own.grid.items()] + list(overrides)
     choices: dict[str, list[str]] = {}
     for override in OverridesParser.create().parse_overrides(overrides=given):
         key = override.get_key_element()

@@ -24,7 +24,7 @@ from anomaly_lab.errors import RunFailed
 from anomaly_lab.predict import load_run
 from anomaly_lab.run import OutOfMemory, run
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.drawn]  # whatever a run writes may fail
 
 TINY = (
     "model.budget.epochs=4 model.budget.epoch_steps=1 model.detector.width=4 trainer.progress=false trainer.threads=1"

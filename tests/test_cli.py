@@ -72,6 +72,7 @@ def test_a_mistake_gets_one_line(lab: Command, words: str, message: str) -> None
     assert message in err
 
 
+@pytest.mark.drawn
 def test_one_run_prints_its_result_and_a_second_call_only_reads_it(lab: Command) -> None:
     code, out, _ = lab(TINY)
     assert code == 0

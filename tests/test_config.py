@@ -151,8 +151,11 @@ def test_every_experiment_is_a_grid_of_distinct_runs(experiment: str) -> None:
     cfg = config.compose(jobs[0])
     for part in (cfg.model, cfg.dataset, cfg.split):
         OmegaConf.to_container(part, resolve=True, throw_on_missing=True)
-    header = (config.CONFIG_DIR / "experiment" / f"{experiment}.yaml").read_text()
-    assert f"anomaly-lab -m experiment={experiment}" in header, "the header is the command that makes it"
+    text = (config.CONFIG_DIR / "experiment" / f"{experiment}.yaml").read_text()
+    assert f"anomaly-lab -m experiment={experiment}" in text, "the header is the command that makes it"
+    [size] = re.findall(r"^size: (.+)$", text, re.M)
+    assert size in ("full", "small") and (size == "small" or not experiment.endswith("_small"))
+    assert cfg.size == size or any(word.startswith("size=") for word in jobs[0])
 
 
 def test_inside_a_running_hydra_job_the_global_state_survives() -> None:
@@ -369,17 +372,24 @@ def test_numbers_that_are_not_finite_are_refused_before_training(words: str, tmp
 def test_jobs_composed_together_are_those_composed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = config.jobs(["model=shared_ae,ganomaly", "normal_class=0,'1',good", "seed=0,1", "model.batch_size=8,16"])
     jobs += [["seed=1", "seed=2"], ["experiment=jia2022_mnist_small", "normal_class=3"], ["+model.new=1", "seed=4"], []]
+    jobs += [
+        ["split.contamination.rate=0.05", "trainer.precision=tf32", "logger=none"],
+        ["model.scheduler={a:1,b:{c:2}}"],
+    ]
+    jobs += [["experiment=jia2022_mnist_small", "model.budget.epochs=3", "model.budget.epochs=4", "size=full"]]
     expected = [config.compose(job) for job in jobs]
     calls = []
     compose = config.compose
     monkeypatch.setattr(config, "compose", lambda overrides: calls.append(overrides) or compose(overrides))
     together = list(config.compose_all(jobs))
     assert [OmegaConf.to_yaml(cfg) for cfg in together] == [OmegaConf.to_yaml(cfg) for cfg in expected]
-    assert len(jobs) == 28 and len(calls) == 4 + 3
+    assert len(jobs) == 31 and len(calls) == 2 + 5, "once for each choice of files"
     with pytest.raises(HydraException):
         list(config.compose_all([["seed=[1"]]))
     with pytest.raises(HydraException):
         list(config.compose_all([["seed=1,2"]]))
+    with pytest.raises(HydraException, match=r"model\.typo"):
+        list(config.compose_all([["model.typo=1"]]))
 
 
 # Sizes --------------------------------------------------------------------------------------------------------------
@@ -435,13 +445,9 @@ def test_another_size_is_refused_in_one_line(size: str) -> None:
             config.job(config.compose([*f"model={model}".split(), f"size={size}"]))
 
 
-@pytest.mark.parametrize("experiment", EXPERIMENTS)
-def test_an_experiment_says_its_size(experiment: str) -> None:
-    text = (config.CONFIG_DIR / "experiment" / f"{experiment}.yaml").read_text()
-    [size] = re.findall(r"^size: (.+)$", text, re.M)
-    assert size in ("full", "small") and (size == "small" or not experiment.endswith("_small"))
-    assert config.compose([f"experiment={experiment}"]).size == size
-    assert config.compose([f"experiment={experiment}", "size=full"]).size == "full"
+def test_a_size_on_the_command_line_wins_over_an_experiments() -> None:
+    assert config.compose(["experiment=jia2022_mnist_small"]).size == "small"
+    assert config.compose(["experiment=jia2022_mnist_small", "size=full"]).size == "full"
 
 
 # A user's yaml ------------------------------------------------------------------------------------------------------

@@ -45,6 +45,7 @@ QUICK = ("autoencoder", "ganomaly", "itsr", "knn", "piad")
 """Of each kind one: a single player, two against each other, stages, no gradients, frozen features."""
 
 
+@pytest.mark.drawn  # so that each method's figures are
 @pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK)) for m in MODELS])
 def test_a_bare_trainer_gives_the_scores_of_a_run_to_the_bit(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

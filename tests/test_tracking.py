@@ -30,6 +30,8 @@ from anomaly_lab import cli, config, tracking
 from anomaly_lab.run import run
 from anomaly_lab.tracking import Wandb
 
+pytestmark = pytest.mark.drawn
+
 EPOCHS = 3
 LOGGERS = ("csv", "tensorboard", "wandb")
 IDENTITY = {"model": "m", "dataset": "d", "split": "s", "normal_class": 1, "seed": 0, "changed": {}}
