@@ -371,7 +371,7 @@ def _grid(jobs: Sequence[Sequence[str]], trial: Callable[[Job], None] | None = N
     common = set[str]().union(*jobs[:1]).intersection(*jobs) if len(jobs) > 1 else set()
     queue = functools.cache(slurm.queue)
     members = []
-    for words, cfg in zip(jobs, config.compose_all(jobs), strict=True):
+    for words, cfg in zip(jobs, map(config.compose, jobs), strict=True):
         try:
             run = config.job(cfg)
             found = status.of(run, queue)

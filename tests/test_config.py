@@ -141,7 +141,7 @@ def test_several_experiments_are_their_grids_one_after_another(users: Path) -> N
     named = config.jobs(["experiment=both", "size=full"])
     assert [sorted(job) for job in named] == [sorted([*job, "normal_class=1"]) for job in [*one, *two]]
     assert {len(config.jobs([f"experiment=both{words}"])) for words in (",one", ",two", ",both")} == {6, 8}
-    assert [cfg.choices.experiment for cfg in config.compose_all(named)] == ["one", "one", "two", "two"]
+    assert [config.compose(words).choices.experiment for words in named] == ["one", "one", "two", "two"]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
@@ -369,27 +369,40 @@ def test_numbers_that_are_not_finite_are_refused_before_training(words: str, tmp
         config.job(config.compose([words, f"data_dir={tmp_path}"]))
 
 
-def test_jobs_composed_together_are_those_composed_one_by_one(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_choice_of_files_is_composed_once_and_each_job_is_what_hydra_composes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     jobs = config.jobs(["model=shared_ae,ganomaly", "normal_class=0,'1',good", "seed=0,1", "model.batch_size=8,16"])
     jobs += [["seed=1", "seed=2"], ["experiment=jia2022_mnist_small", "normal_class=3"], ["+model.new=1", "seed=4"], []]
-    jobs += [
-        ["split.contamination.rate=0.05", "trainer.precision=tf32", "logger=none"],
-        ["model.scheduler={a:1,b:{c:2}}"],
-    ]
+    jobs += [["split.contamination.rate=0.05", "trainer.precision=tf32", "logger=none", "runs=my runs", "data_dir=a/b"]]
+    jobs += [["model.scheduler={a:1,b:{c:2}}", "model.scheduler.b.c=3", "model.input.range=[0,1]"]]
     jobs += [["experiment=jia2022_mnist_small", "model.budget.epochs=3", "model.budget.epochs=4", "size=full"]]
-    expected = [config.compose(job) for job in jobs]
-    calls = []
-    compose = config.compose
-    monkeypatch.setattr(config, "compose", lambda overrides: calls.append(overrides) or compose(overrides))
-    together = list(config.compose_all(jobs))
-    assert [OmegaConf.to_yaml(cfg) for cfg in together] == [OmegaConf.to_yaml(cfg) for cfg in expected]
-    assert len(jobs) == 31 and len(calls) == 2 + 5, "once for each choice of files"
-    with pytest.raises(HydraException):
-        list(config.compose_all([["seed=[1"]]))
-    with pytest.raises(HydraException):
-        list(config.compose_all([["seed=1,2"]]))
-    with pytest.raises(HydraException, match=r"model\.typo"):
-        list(config.compose_all([["model.typo=1"]]))
+    expected = [config.without_hydra(config._compose(job)) for job in jobs]
+    config._composed.cache_clear()
+    real, calls = config._compose, []
+    monkeypatch.setattr(config, "_compose", lambda overrides: calls.append(overrides) or real(overrides))
+    found = [config.compose(job) for job in jobs]
+    assert [OmegaConf.to_yaml(cfg) for cfg in found] == [OmegaConf.to_yaml(cfg) for cfg in expected]
+    assert all(OmegaConf.is_struct(cfg) for cfg in found)
+    assert len(jobs) == 31 and len(calls) == 2 + 4
+    found[-1].model.budget.epochs = 99
+    assert config.compose(jobs[-1]).model.budget.epochs == 4, "what is kept is nobody's"
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["seed=[1"], r"seed=\[1"),
+        (["seed=1,2"], "seed=1,2"),
+        (["model.batch_size=8,16"], "model.batch_size=8,16"),
+        (["model.typo=1"], r"model\.typo"),
+        (["size.typo=1"], r"size\.typo"),
+        (["model=typo", "seed=1"], "typo"),
+    ],
+)
+def test_what_cannot_be_composed_is_said_in_hydras_words(words: list[str], said: str) -> None:
+    with pytest.raises(HydraException, match=said):
+        config.compose(words)
 
 
 # Sizes --------------------------------------------------------------------------------------------------------------
@@ -419,7 +432,7 @@ def test_a_value_on_the_command_line_wins_over_both_sizes() -> None:
 
 def test_sizes_can_be_swept() -> None:
     jobs = config.jobs(["model=ganomaly,ede", "size=full,small"])
-    names = [config.job(cfg).identity["model"] for cfg in config.compose_all(jobs)]
+    names = [config.job(config.compose(words)).identity["model"] for words in jobs]
     assert names == ["ganomaly", "ganomaly_small", "ede", "ede_small"]
 
 

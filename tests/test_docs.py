@@ -102,10 +102,8 @@ def test_commands_in_the_pages_compose(page: Path) -> None:
 @functools.cache  # the same command stands on several pages
 def _composes(overrides: tuple[str, ...]) -> None:
     named = re.compile(rf"({'|'.join(config.NAMES_OF_RUNS)})=")  # runs of other classes and seeds compose alike
-    for _ in config.compose_all(
-        {tuple(word for word in job if not named.match(word)) for job in config.jobs(overrides)}
-    ):
-        pass
+    for job in {tuple(word for word in job if not named.match(word)) for job in config.jobs(overrides)}:
+        config.compose(job)
 
 
 def test_nothing_of_one_machine_is_in_the_repository() -> None:

@@ -31,7 +31,7 @@ def test_every_run_of_a_page_belongs_to_its_grid_and_to_a_clean_commit(page: Pat
     frame = results.read_csv(page / "results.csv")
     jobs = config.jobs([f"experiment={page.name}"])
     of_any_class = {tuple(word for word in job if "_class=" not in word) for job in jobs}
-    cfgs = config.compose_all(of_any_class)
+    cfgs = [config.compose(job) for job in of_any_class]
     grid = {(config.model_name(cfg), cfg.dataset.name, cfg.choices.split, int(cfg.seed)) for cfg in cfgs}
     for run in frame.itertuples():
         assert (run.model, run.dataset, run.split, int(run.seed)) in grid
@@ -47,7 +47,7 @@ def test_every_committed_run_is_still_where_and_what_it_was(
 ) -> None:
     """A run whose folder or settings were others today would be made again, or refused."""
     monkeypatch.setenv("ANOMALY_LAB_DATA", str(data_dir))
-    jobs = [config.job(cfg) for cfg in config.compose_all(config.jobs([f"experiment={page.name}"]))]
+    jobs = [config.job(config.compose(words)) for words in config.jobs([f"experiment={page.name}"])]
     now = {str(job.out.relative_to("runs")): results._digest(job.settings) for job in jobs}
     for run in results.read_csv(page / "results.csv").itertuples():
         assert run.path in now
