@@ -3,7 +3,9 @@ BIN := .venv/bin
 
 # Two processes share the tests (make test WORKERS=8: eight); each takes about 1 GB and its share of the cores.
 WORKERS ?= 2
-PYTEST := $(BIN)/python -m pytest --numprocesses $(WORKERS) --dist worksteal --durations 15
+# Slow tests wait a third of their time, for Slurm, for signals and for workers: one process more fills the cores.
+SLOW_WORKERS ?= $(shell expr $(WORKERS) + 1)
+PYTEST := $(BIN)/python -m pytest --dist worksteal --durations 15 --numprocesses
 
 .DEFAULT_GOAL := help
 .PHONY: help install demo test test-slow test-ray test-all soak bench bench-gpu lint site package format clean
@@ -25,14 +27,14 @@ demo: install ## train the default run on the embedded digits, then show the tab
 	$(BIN)/anomaly-lab-report runs
 
 test: install ## run the tests but the slow ones; real data in ANOMALY_LAB_DATA and a GPU are used where they are there
-	$(PYTEST) -m 'not slow and not ray'
+	$(PYTEST) $(WORKERS) -m 'not slow and not ray'
 
 # Marked slow: a real Slurm, processes that are killed, signals to real processes, launchers with worker processes, full
 # disks, several runs at a time to the bit, the contract of all methods but one of each kind, the notebook, a bare
 # Lightning Trainer held to a run for all but one method of each kind, the wheel in an environment of its own, benchmarks,
 # committed results composed anew, the site and its links, methods trained until they detect.
 test-slow: install ## run the tests that `make test` leaves out
-	$(PYTEST) -m slow
+	$(PYTEST) $(SLOW_WORKERS) -m slow
 
 # One process: a Ray and its workers are at work for each test.
 test-ray: $(BIN)/.ray ## run the tests that start a real Ray, and install it for them
