@@ -251,7 +251,9 @@ def test_it_is_tested_on_seen_and_unseen_kinds_by_the_papers_rule(
     assert set(result["by_kind"]["auroc"]) == {str(digit) for digit in range(1, 10)}
 
 
-@pytest.mark.parametrize("model", ["itsr", "aae", "autoencoder_beggel"])
+@pytest.mark.parametrize(
+    "model", ["itsr", *(pytest.param(m, marks=pytest.mark.slow) for m in ("aae", "autoencoder_beggel"))]
+)
 def test_stopped_anywhere_it_resumes_to_the_same_bits(
     model: str, tmp_path: Path, refined: tuple[DictConfig, dict[str, Any], Weights]
 ) -> None:

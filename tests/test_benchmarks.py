@@ -127,7 +127,7 @@ def test_the_bare_loop_has_the_labs_adam(model: str) -> None:
         assert bool(optimizer.defaults["fused"]) == bool(given.get("fused")) == (model == "aae")
 
 
-@pytest.mark.parametrize("model", LOOPS)
+@pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] * (m != "ganomaly")) for m in LOOPS])
 def test_a_bare_loop_that_trains_otherwise_would_be_noticed(model: str) -> None:
     witness = witnessed(model)
     for player in build.make_detector(tiny(model), (1, 32, 32)).players():

@@ -280,7 +280,7 @@ LATE = {
     "slurm": {"config", "submitit"},
     "sweep": {"run", "tracking", "lightning", "torch"},
     "switches": {"torch"},
-    "tables": {"scipy"},
+    "tables": {"pandas", "scipy"},
     "tracking": {"PIL", "requests", "torch", "wandb", "wandb_workspaces"},
     "turns": {"torch"},
 }

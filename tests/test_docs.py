@@ -86,7 +86,12 @@ def test_links_lead_somewhere(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+# A page of results shows the command that makes all of its grid, of which tests/test_config.py composes the first run.
+@pytest.mark.parametrize(
+    "page",
+    [pytest.param(page, marks=[pytest.mark.slow] * page.is_relative_to(ROOT / "experiments")) for page in PAGES],
+    ids=[str(page.relative_to(ROOT)) for page in PAGES],
+)
 def test_commands_in_the_pages_compose(page: Path) -> None:
     """Every ``anomaly-lab`` command shown composes, or shows a placeholder in capitals."""
     for command in re.findall(r"^(?:\$ )?anomaly-lab (?!--)(.+)$", page.read_text(), re.M):

@@ -41,8 +41,8 @@ def short(model: str, folder: Path) -> Any:
     return config.compose([*shrunk(model), *given, *where, "split.contamination.rate=0.05"])
 
 
-QUICK = ("autoencoder", "ganomaly", "itsr", "knn", "piad")
-"""Of each kind one: a single player, two against each other, stages, no gradients, frozen features."""
+QUICK = ("autoencoder", "ganomaly", "itsr", "knn")
+"""Of each kind one: a single player, two against each other, stages, no gradients; frozen features take long."""
 
 
 @pytest.mark.drawn  # so that each method's figures are

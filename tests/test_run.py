@@ -134,7 +134,9 @@ def comparable(history: list[dict[str, float]]) -> list[dict[str, float]]:
     return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
 
 
-@pytest.mark.parametrize("layout", ["trainer.channels_last=false", "trainer.channels_last=true"])
+@pytest.mark.parametrize(
+    "layout", ["trainer.channels_last=false", pytest.param("trainer.channels_last=true", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("model", ["shared_ae", "autoencoder"])
 def test_a_stopped_run_resumes_to_the_same_bits(tmp_path: Path, model: str, layout: str) -> None:
     whole, weights = Weights(), Weights()
