@@ -124,7 +124,7 @@ def everything(address: Any) -> str:
         .from_string(template)
         .render(
             entries=entries,
-            runs=len({(run.path, run.settings) for frame in frames.values() for run in frame.itertuples()}),
+            runs=sum(entry.mean.present for entry in entries),
             facets={
                 "dataset": ("data set", sorted({entry.dataset for entry in entries})),
                 "split": ("protocol", sorted({entry.split for entry in entries})),
