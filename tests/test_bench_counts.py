@@ -143,6 +143,7 @@ def test_scoring_is_the_labs_own_test_pass(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.drawn
 def test_growth_measures_whole_runs_and_what_they_leave_behind(tmp_path: Path) -> None:
     jobs = [
         [*growth._options(tmp_path, 60, 8), f"seed={seed}", "logger=none", "trainer.accelerator=cpu"] for seed in (0, 1)

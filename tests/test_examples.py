@@ -11,7 +11,8 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Lightning's advice on workers and loggers
+# Lightning's advice on workers and loggers is left out; the notebook shows a figure of a run.
+pytestmark = [pytest.mark.filterwarnings("ignore"), pytest.mark.drawn]
 
 
 @pytest.fixture(autouse=True)
