@@ -32,6 +32,7 @@ __all__ = [
     "MISTAKE",
     "TERMINATED",
     "check",
+    "check_submission",
     "data",
     "features",
     "report",
@@ -235,12 +236,28 @@ def report(argv: Sequence[str] | None = None) -> int:
         metavar="ENTITY/PROJECT",
         help="instead of a report: lay out a workspace for the runs that logger=wandb has sent there",
     )
+    parser.add_argument(
+        "--scores",
+        type=Path,
+        metavar="FILE",
+        help="instead of a report: write the scores of all test images of the runs, or of those of --experiment, into "
+        "one .npz from which their table can be computed anew",
+    )
+    parser.add_argument(
+        "--submission",
+        type=Path,
+        metavar="FILE",
+        help="instead of a report: write the runs, all of one method on one protocol (RUNS/METHOD/DATASET/SPLIT), as a "
+        ".json that anomaly-lab-check-submission can hold to their scores",
+    )
     asked = parser.parse_args(argv)
 
     from anomaly_lab import report
 
     try:
-        if asked.dashboard:
+        if asked.scores or asked.submission:
+            _handed_on(asked)
+        elif asked.dashboard:
             report.save_dashboard(asked.dashboard)
         elif asked.prune:
             report.prune(asked.runs)
@@ -262,6 +279,61 @@ def report(argv: Sequence[str] | None = None) -> int:
     except ValueError as error:
         return _mistake(parser.prog, str(error))
     return DONE
+
+
+def _handed_on(asked: argparse.Namespace) -> None:
+    """Write what others check: scores, a submission."""
+    from anomaly_lab import archive, report, results, submission
+
+    frame, expected, _ = report.selected(asked.runs, asked.experiment)
+    if asked.submission:
+        said = submission.line(submission.write(asked.runs, frame, asked.submission))
+        print(f"{said}\nwritten: {asked.submission}")
+    if asked.scores:
+        results.refuse_mixtures(frame)
+        archive.write(asked.runs, frame, asked.scores)
+        print(f"written: {asked.scores}: the scores of {len(frame)} runs, {asked.scores.stat().st_size / 1e6:.2f} MB")
+        if lacking := sorted(report.places(expected or ()) - set(frame["path"])):
+            print(f"{len(lacking)} runs of the grid are not in it, the first {lacking[0]}: run them", file=sys.stderr)
+
+
+@_read_in_part
+def check_submission(argv: Sequence[str] | None = None) -> int:
+    """``anomaly-lab-check-submission FILE...``: hold submissions to themselves, each other, and the scores behind."""
+    parser = argparse.ArgumentParser(
+        prog="anomaly-lab-check-submission",
+        description="Hold submissions to the protocol (one method, one partition, every class with every seed) and, "
+        "with --runs or --scores, every number in them to the scores that it comes from. A guard against accident: "
+        "whoever makes up scores can make up both.",
+        epilog="example: anomaly-lab-check-submission knn.json pca.json --scores scores.npz",
+    )
+    parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="from anomaly-lab-report --submission")
+    source = parser.add_mutually_exclusive_group()
+    source.add_argument("--runs", type=Path, metavar="RUNS", help="the folder of runs that they were written from")
+    source.add_argument("--scores", type=Path, metavar="FILE", help="an archive of scores that has their runs")
+    asked = parser.parse_args(argv)
+
+    from anomaly_lab import archive, submission
+
+    code, sound = DONE, []
+    try:
+        scores = archive.Archive(asked.scores) if asked.scores else None
+        for file in asked.files:
+            try:
+                content = submission.read(file)
+                if asked.runs or scores:
+                    submission.refuse_unfounded(content, str(file), asked.runs, scores)
+            except ValueError as error:
+                code = _mistake(parser.prog, str(error), FAILED)
+                continue
+            sound.append(content)
+            print(
+                f"{file}: {submission.line(content)}: {'verified' if asked.runs or scores else 'held to no scores'}"
+            )
+        submission.frame(sound)
+    except (ValueError, OSError) as error:
+        return _mistake(parser.prog, str(error), FAILED)
+    return code
 
 
 @_read_in_part

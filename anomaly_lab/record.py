@@ -158,20 +158,33 @@ def recompute(result: Mapping[str, Any], folder: Path) -> None:
     """
     import numpy as np
 
-    from anomaly_lab import metrics
-
-    said, file = result["metrics"], folder / "scores.npz"
+    file = folder / "scores.npz"
     try:
         refuse_bomb(file)
         with np.load(file, allow_pickle=False) as arrays:
-            score, truth, val_score = (arrays[name] for name in ("score", "truth", "val_score"))
-            decided = arrays.get("decided")
-        threshold = metrics.threshold_from_normals(val_score, result["config"]["trainer"]["threshold_quantile"])
-        found = metrics.evaluate(score, truth, threshold=threshold, decided=decided) | {"threshold": threshold}
+            found = of_scores(arrays, result["config"]["trainer"]["threshold_quantile"])
     # A damaged archive is a BadZipFile, zlib.error, EOFError, ..., depending on the damage.
     except Exception as error:
         raise ValueError(f"{file} cannot be verified ({type(error).__name__}: {error})") from error
+    refuse_other(found, result["metrics"], str(folder / "result.json"))
+
+
+def of_scores(arrays: Mapping[str, Any], quantile: float) -> dict[str, float | None]:
+    """Metrics and threshold from ``score``, ``truth``, ``val_score`` and, where the method has a rule, ``decided``."""
+    from anomaly_lab import metrics
+
+    threshold = metrics.threshold_from_normals(arrays["val_score"], quantile)
+    found = metrics.evaluate(arrays["score"], arrays["truth"], threshold=threshold, decided=arrays.get("decided"))
+    return found | {"threshold": threshold}
+
+
+def refuse_other(found: Mapping[str, float | None], said: Mapping[str, Any], where: str) -> None:
+    """Hold the metrics that ``where`` says to those ``found`` in its scores.
+
+    Raises:
+        ValueError: one differs by more than 1e-6 of itself; it is named.
+    """
     for name, value in found.items():
         was = said.get(name)
         if not (value is was if value is None or was is None else math.isclose(value, was, rel_tol=1e-6, abs_tol=1e-9)):
-            raise ValueError(f"{folder / 'result.json'} says {name} {was}, its scores say {value}")
+            raise ValueError(f"{where} says {name} {was}, its scores say {value}")

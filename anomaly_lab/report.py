@@ -14,7 +14,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import resources
@@ -558,6 +558,36 @@ def write(
         ValueError: there is no finished run, or there are some that cannot share a table.
         OSError: the tables are printed, and cannot be written there.
     """
+    frame, expected, notices = selected(runs, experiment, verify)
+    out = out or (Path("experiments", experiment) if experiment else runs / "report")
+    with suppress(OSError):  # where nothing can be written the tables are printed all the same
+        remove_parts(out, seconds=3600)  # of reports that were killed; nobody writes one for an hour
+    results.refuse_mixtures(frame)
+    epochs = results.read_epochs(runs, frame)
+    if experiment is not None:
+        try:
+            _write_experiment(frame, epochs, experiment, out)
+        finally:  # also where nothing can be written
+            print(markdown(sections(frame, expected or ()), oracle=oracle))
+        missing = "" if expected is None else f"; {len(places(expected) - set(frame['path']))} of the grid are missing"
+        print(f"written: {out / 'README.md'} from {len(frame)} runs{missing}")
+        return
+    parts = sections(frame, epochs=epochs)
+    try:
+        _write_report(frame, parts, out, oracle, notices)
+    finally:
+        print(markdown(parts, oracle=oracle))
+    print(f"written: {out / 'report.html'} (one file, opens anywhere), beside it report.md, report.tex, results.csv")
+
+
+def selected(
+    runs: Path, experiment: str | None, verify: bool = False
+) -> tuple[pd.DataFrame, list[Job] | None, list[str]]:
+    """The finished runs under `runs` or of an experiment, its grid where it is known, and what is printed on damage.
+
+    Raises:
+        ValueError: there are none.
+    """
     expected: list[Job] | None = None
     if experiment is not None:
         try:
@@ -571,36 +601,22 @@ def write(
                 file=sys.stderr,
             )
     frame = results.read(runs, verify=verify)
-    out = out or (Path("experiments", experiment) if experiment else runs / "report")
-    with suppress(OSError):  # where nothing can be written the tables are printed all the same
-        remove_parts(out, seconds=3600)  # of reports that were killed; nobody writes one for an hour
     notices: list[str] = frame.attrs["damaged"]
     notices += [f"{s.path} failed: {s.detail}" for s in status.under(runs, expected) if s.state == "failed"]
     for line in notices:
         print(line, file=sys.stderr)
     if experiment is not None:
         # The runs of the grid, and those recorded under the experiment's name with further seeds or settings.
-        grid = {job.out.relative_to(job.cfg.runs).as_posix() for job in expected or ()}
-        frame = _selection(frame, frame["path"].isin(grid) | (frame["experiment"] == experiment))
+        frame = _selection(frame, frame["path"].isin(places(expected or ())) | (frame["experiment"] == experiment))
     if not len(frame):
         what = f"run of experiment {experiment}" if experiment else "run"
         raise ValueError(f"no finished {what} under {runs}: see anomaly-lab-report {runs} --status")
-    results.refuse_mixtures(frame)
-    epochs = results.read_epochs(runs, frame)
-    if experiment is not None:
-        try:
-            _write_experiment(frame, epochs, experiment, out)
-        finally:  # also where nothing can be written
-            print(markdown(sections(frame, expected or ()), oracle=oracle))
-        missing = "" if expected is None else f"; {len(grid - set(frame['path']))} of the grid are missing"
-        print(f"written: {out / 'README.md'} from {len(frame)} runs{missing}")
-        return
-    parts = sections(frame, epochs=epochs)
-    try:
-        _write_report(frame, parts, out, oracle, notices)
-    finally:
-        print(markdown(parts, oracle=oracle))
-    print(f"written: {out / 'report.html'} (one file, opens anywhere), beside it report.md, report.tex, results.csv")
+    return frame, expected, notices
+
+
+def places(expected: Iterable[Job]) -> set[str]:
+    """Where the runs of a grid lie, below the folder of runs."""
+    return {job.out.relative_to(job.cfg.runs).as_posix() for job in expected}
 
 
 def print_states(runs: Path, experiment: str | None = None) -> None:

@@ -232,15 +232,21 @@ def _values(columns: Iterable[Column], result: Result) -> dict[str, Any]:
     return row
 
 
-def _with_names(row: dict[str, Any]) -> dict[str, Any]:
+def named(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row with what is derived from it: `label` and `problem`."""
     problem = " ".join(item for item in row["changed"].split() if item.startswith(("split.", "dataset.")))
-    named = label(row["model"], row["changed"])
+    shown = label(row["model"], row["changed"])
     if isinstance(row["normal_class"], str):  # a mean over single classes and pairs of them would mean nothing
         several = "classes=" + (
             row["normal_class"] if "+" not in row["normal_class"] else str(row["normal_class"].count("+") + 1)
         )
-        problem, named = f"{problem} {several}".strip(), label(row["model"], f"{row['changed']} {several}")
-    return row | {"label": named, "problem": problem}
+        problem, shown = f"{problem} {several}".strip(), label(row["model"], f"{row['changed']} {several}")
+    return {**row, "label": shown, "problem": problem}
+
+
+def named_by(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """What a row says of a run's identity."""
+    return {**identity, "changed": _compact(identity["changed"])}
 
 
 def label(model: str, changed: str) -> str:
@@ -251,7 +257,7 @@ def label(model: str, changed: str) -> str:
 def planned(job: Job) -> dict[str, Any]:
     """What the row of a run will say that follows from its configuration alone, `label` and `problem` included."""
     columns = [column for column in COLUMNS if column.name in _PLANNED]
-    return _with_names(_values(columns, {"identity": job.identity, "config": job.cfg}))
+    return named(_values(columns, {"identity": job.identity, "config": job.cfg}))
 
 
 # ------------------------------------------------------------------------------------------------- reading
@@ -358,11 +364,26 @@ def read_csv(path: str | Path) -> pd.DataFrame:
     return _frame(rows, changed)
 
 
+def from_rows(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """The frame of rows by the names of its columns, such as `rows_of` gives; parameters that a row lacks are None."""
+    keys = sorted({key for row in rows for key in row if "." in key})
+    names = [*(column.name for column in COLUMNS), *keys]
+    return _frame([{name: row.get(name) for name in names} for row in rows], keys)
+
+
+def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a frame as plain values, None for what is not a number."""
+    columns = [*(column.name for column in COLUMNS), *parameters(frame)]
+    plain = [[value.item() if hasattr(value, "item") else value for value in frame[name]] for name in columns]
+    rows = [dict(zip(columns, row, strict=True)) for row in zip(*plain, strict=True)]
+    return [{name: None if value != value else value for name, value in row.items()} for row in rows]
+
+
 def _frame(rows: Iterable[dict[str, Any]], changed: Sequence[str]) -> pd.DataFrame:
     import pandas as pd
 
     rows = sorted(
-        map(_with_names, rows),
+        map(named, rows),
         key=lambda row: [
             *(natural(row[key]) for key in ("dataset", "split", "model", "changed")),
             class_order(row["normal_class"]),

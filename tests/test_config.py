@@ -179,6 +179,7 @@ ALLOWED = {
     "__init__": set(),
     "methods": {"adversarial", "calibration", "detector", "errors", "methods", "networks"},
     "adversarial": set(),
+    "archive": {"files", "record", "results"},
     "batches": set(),
     "cuda_graphs": set(),
     "config": {"record"},
@@ -221,6 +222,7 @@ ALLOWED = {
     "scattering": set(),
     "slurm": {"errors", "files", "record"},
     "status": {"files", "record", "results", "slurm"},
+    "submission": {"archive", "files", "record", "results"},
     "tables": {"results"},
     "report": {"files", "results", "status", "tables"},
     "ranking": {"files", "report", "results", "tables"},
@@ -263,7 +265,8 @@ TORCHLESS = {
 LATE = {
     "__init__": {"estimator", "predict"},
     "config": {"datasets"},
-    "cli": {"config", "files", "networks", "pictures", "predict", "ranking", "report", "sweep", "testing"}
+    "cli": {"archive", "config", "files", "networks", "pictures", "predict", "ranking", "report", "results", "sweep"}
+    | {"submission", "testing"}
     | {"hydra", "numpy", "omegaconf", "torch", "tqdm"},
     "datasets": {"PIL", "sklearn", "torchvision", "tqdm"},
     "errors": {"hydra", "omegaconf"},
