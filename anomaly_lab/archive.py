@@ -27,7 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from anomaly_lab import record, results
-from anomaly_lab.files import refuse_bomb, write_whole
+from anomaly_lab.files import refuse_bomb, write_atomically
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -126,7 +126,7 @@ def write(runs: Path, frame: pd.DataFrame, out: Path) -> None:
                 # ZipInfo has a fixed time.
                 packed.writestr(zipfile.ZipInfo(name), content, zipfile.ZIP_DEFLATED, compresslevel=9)
 
-    write_whole(out, fill)
+    write_atomically(out, fill)
 
 
 def _arrays(folder: Path) -> dict[str, NDArray[Any]]:

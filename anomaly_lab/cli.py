@@ -327,9 +327,7 @@ def check_submission(argv: Sequence[str] | None = None) -> int:
                 code = _mistake(parser.prog, str(error), FAILED)
                 continue
             sound.append(content)
-            print(
-                f"{file}: {submission.line(content)}: {'verified' if asked.runs or scores else 'held to no scores'}"
-            )
+            print(f"{file}: {submission.line(content)}: {'verified' if asked.runs or scores else 'held to no scores'}")
         submission.frame(sound)
     except (ValueError, OSError) as error:
         return _mistake(parser.prog, str(error), FAILED)
