@@ -145,7 +145,8 @@ def search_path() -> list[str]:
 def _of_the_user() -> list[Path]:
     """The yamls in the folder in ``ANOMALY_LAB_CONF``."""
     extra = os.environ.get(EXTRA_CONFIGS)
-    return sorted(Path(extra).rglob("*.yaml")) if extra else []
+    # An editor's lock is a link to nowhere beside the file, with its ending.
+    return sorted(path for path in Path(extra).rglob("*.yaml") if path.is_file()) if extra else []
 
 
 def compose(overrides: Sequence[str] = ()) -> DictConfig:

@@ -394,6 +394,17 @@ def test_each_choice_of_files_is_composed_once_and_each_job_is_what_hydra_compos
     assert config.compose(jobs[-1]).model.budget.epochs == 4, "what is kept is nobody's"
 
 
+def test_ones_own_yamls_are_composed_as_they_were_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(config.EXTRA_CONFIGS, str(tmp_path))
+    mine = tmp_path / "model" / "mine.yaml"
+    mine.parent.mkdir()
+    (mine.parent / ".#mine.yaml").symlink_to("user@host.123")  # an editor's lock
+    text = (config.CONFIG_DIR / "model" / "knn.yaml").read_text()
+    for more in ("", "new: 1\n", ""):
+        mine.write_text(text + more)
+        assert ("new" in config.compose(["model=mine"]).model) == bool(more)
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
