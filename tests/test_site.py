@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 
 import pytest
 
-from anomaly_lab import config, datasets, results, tables
+from anomaly_lab import config, results, tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -161,16 +161,28 @@ def test_the_page_of_protocols_is_what_its_generator_writes(protocols: ModuleTyp
     )
 
 
+def holds(protocols: ModuleType, name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> bool:
+    """Whether what is measured now is what the page was made from."""
+    monkeypatch.setattr(protocols, "SETS", {name: protocols.SETS[name]})
+    monkeypatch.setenv("ANOMALY_LAB_DATA", str(folder))
+    facts = json.loads(protocols.FACTS.read_text(encoding="utf-8"))
+    own = [one for one in facts["partitions"] if one["dataset"] == name]
+    return protocols.measure() == {"datasets": {name: facts["datasets"][name]}, "partitions": own}
+
+
 def test_the_facts_about_digits_are_those_of_the_images(
     protocols: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(protocols, "SETS", {"digits": datasets.Digits})
-    monkeypatch.setenv("ANOMALY_LAB_DATA", str(tmp_path))
-    facts = json.loads(protocols.FACTS.read_text(encoding="utf-8"))
-    assert protocols.measure() == {
-        "datasets": {"digits": facts["datasets"]["digits"]},
-        "partitions": [one for one in facts["partitions"] if one["dataset"] == "digits"],
-    }
+    assert holds(protocols, "digits", tmp_path, monkeypatch)
+
+
+@pytest.mark.data
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["mnist", "coil100", "usps"])
+def test_the_facts_about_real_sets_are_those_of_the_images(
+    protocols: ModuleType, name: str, data_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert holds(protocols, name, data_dir, monkeypatch)
 
 
 def test_committed_runs_have_the_fingerprints_of_the_page_of_protocols() -> None:
