@@ -200,7 +200,7 @@ def overview(frames: Mapping[str, pd.DataFrame]) -> list[Entry]:
     A run that several frames hold counts once. The seeds expected of a method are those that it has itself.
 
     Args:
-        frames: of `results.read` or `results.read_csv`, by a name that `Entry.sources` repeats.
+        frames: of `results.read`, `results.read_csv` or `submission.frame`, by a name that `Entry.sources` repeats.
 
     Raises:
         ValueError: one run has two results, or runs that share a name were made of other images or settings.
@@ -211,7 +211,7 @@ def overview(frames: Mapping[str, pd.DataFrame]) -> list[Entry]:
     union = pd.concat([frame[plain].assign(source=name) for name, frame in frames.items()], ignore_index=True)
     key = ["dataset", "split", "label", "normal_class", "seed"]
     for (*_, label, _, _), runs in union[union.duplicated(key, keep=False)].groupby(key):
-        if runs["auroc"].nunique() > 1:
+        if runs["auroc"].map(results.csv_cell).nunique() > 1:  # a results.csv has six digits, a submission all
             raise ValueError(f"{label} has two results in {' and '.join(runs['source'])}: make the older one again")
     sources = union.groupby(["dataset", "split", "label"])["source"].unique()
     # Of the same run, earlier code recorded less.

@@ -227,3 +227,10 @@ def test_overview_refuses_one_run_with_two_results(runs: Runs, tmp_path: Path) -
     other.add(0.91)
     with pytest.raises(ValueError, match=r"autoencoder_small has two results in one and two: make the older one again"):
         tables.overview({"one": results.read(runs.root), "two": results.read(other.root)})
+
+
+def test_overview_takes_a_run_at_full_precision_for_its_six_digits(runs: Runs, tmp_path: Path) -> None:
+    runs.add(0.123456789)
+    results.write_csv(results.read(runs.root), tmp_path / "results.csv")
+    [entry] = tables.overview({"one": results.read_csv(tmp_path / "results.csv"), "two": results.read(runs.root)})
+    assert entry.sources == ("one", "two") and entry.mean.present == 1
