@@ -19,7 +19,7 @@ install: $(BIN)/.installed ## make .venv with everything the commands and the te
 $(BIN)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "anomaly_lab needs Python 3.11 or newer: make PYTHON=python3.11 ...")'
 	$(PYTHON) -m venv .venv
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,parallel,slurm,optuna,dashboard,site]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,parallel,slurm,optuna,dashboard,onnx,site]'
 	touch $@
 
 demo: install ## train the default run on the embedded digits, then show the table and where the figures are

@@ -34,6 +34,7 @@ __all__ = [
     "check",
     "check_submission",
     "data",
+    "export",
     "features",
     "report",
     "score",
@@ -349,17 +350,7 @@ def score(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--heat-maps", type=Path, metavar="DIR", help="also draw there where each image looks wrong")
     parser.add_argument("--skip-broken", action="store_true", help="leave out files that cannot be read, and name them")
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument(
-        "--data-dir", type=Path, metavar="DIR", help="where pretrained weights lie, if not where they did"
-    )
-    parser.add_argument(
-        "--trust",
-        action="append",
-        default=[],
-        metavar="MODULE",
-        help="a module of your own that the run's method comes from: a run folder may have classes of anomaly_lab "
-        "called, and of such modules only",
-    )
+    _add_run_options(parser)
     asked = parser.parse_args(argv)
 
     from anomaly_lab import predict
@@ -374,6 +365,53 @@ def score(argv: Sequence[str] | None = None) -> int:
         print(f"left out: {fault}", file=sys.stderr)
     print(f"{len(files) - len(broken)} images scored: {asked.out}")
     return DONE
+
+
+@_read_in_part
+def export(argv: Sequence[str] | None = None) -> int:
+    """``anomaly-lab-export RUN --out FILE``: a finished run as an ONNX file, held to the run's scores."""
+    parser = argparse.ArgumentParser(
+        prog="anomaly-lab-export",
+        description="Write a finished run as an ONNX file: prepared images in, anomaly scores out, the preparation and "
+        "the threshold in its metadata. Nothing is written unless ONNX Runtime gives the run's own scores.",
+        epilog="example: anomaly-lab-export runs/shared_ae/mnist/official/n8/s0 --out model.onnx",
+    )
+    parser.add_argument("run", type=Path, metavar="RUN", help="folder of a finished run, with its result.json")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="the .onnx to write")
+    parser.add_argument(
+        "--images", nargs="+", type=Path, default=[], metavar="IMAGES", help="compare the scores of these as well"
+    )
+    _add_run_options(parser)
+    asked = parser.parse_args(argv)
+
+    from anomaly_lab import export, predict
+
+    try:
+        files = predict.image_files(asked.images) if asked.images else []
+        fitted = predict.load_run(asked.run, "cpu", asked.data_dir, asked.trust)
+        made = export.export(fitted, asked.out, fitted.read(files))
+    except (ValueError, OSError) as error:
+        return _mistake(parser.prog, str(error), exit_code(error))
+    print(
+        f"{asked.out}: {made.images} images score as in the run, to {made.difference:.1g} "
+        f"(standard deviation of the scores {made.spread:.3g})"
+    )
+    return DONE
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    """What commands that load a run have in common."""
+    parser.add_argument(
+        "--data-dir", type=Path, metavar="DIR", help="where pretrained weights lie, if not where they did"
+    )
+    parser.add_argument(
+        "--trust",
+        action="append",
+        default=[],
+        metavar="MODULE",
+        help="a module of your own that the run's method comes from: a run folder may have classes of anomaly_lab "
+        "called, and of such modules only",
+    )
 
 
 @_read_in_part

@@ -71,11 +71,14 @@ class Prepare:
             raise ValueError("model.input needs a size of at least 1 and a range of two growing numbers")
 
     def __call__(self, pixels: Tensor) -> Tensor:
-        x = self.image(pixels)
+        return self.seen(self.image(pixels))
+
+    def seen(self, image: Tensor) -> Tensor:
+        """What a method sees of prepared images (B,C',S,S): themselves, or their features."""
         if self.features is None:
-            return x
+            return image
         with torch.no_grad():
-            return self.features.to(x.device).eval()(x).half().float()
+            return self.features.to(image.device).eval()(image).half().float()
 
     def image(self, pixels: Tensor) -> Tensor:
         """The images themselves, float32 (B,C',S,S), whatever features there are."""

@@ -118,7 +118,14 @@ class FittedDetector:
 
     def displayable(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
         """The images as the network sees them, in [0, 1], float32 (N,C,S,S): what `anomaly_map` lies over."""
-        found = self._each(self.prepare.displayable, images, self.prepare.image)
+        return self._prepared(images, self.prepare.displayable)
+
+    def prepared(self, images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """The images in the range that the run trained on, float32 (N,C,S,S): what an exported file takes."""
+        return self._prepared(images, lambda x: x)
+
+    def _prepared(self, images: NDArray[np.uint8], then: Callable[[Tensor], Tensor]) -> NDArray[np.float32]:
+        found = self._each(then, images, self.prepare.image)
         size = self.prepare.size
         empty = np.zeros((0, self.prepare.channels or self.stored_shape[0], size, size), np.float32)
         return empty if found is None else found

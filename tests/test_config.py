@@ -212,6 +212,7 @@ ALLOWED = {
     },
     "cli": {"errors", "files"},
     "estimator": {"build", "config", "data", "datasets", "metrics", "predict", "splits", "switches"},
+    "export": {"errors", "files"},
     "features": {"datasets", "errors", "files"},
     "figures": {"files", "metrics"},
     "measure": {"build", "config", "course", "data", "detector", "errors", "figures", "metrics", "turns"},
@@ -265,11 +266,12 @@ TORCHLESS = {
 LATE = {
     "__init__": {"estimator", "predict"},
     "config": {"datasets"},
-    "cli": {"archive", "config", "files", "networks", "pictures", "predict", "ranking", "report", "results", "sweep"}
-    | {"submission", "testing"}
+    "cli": {"archive", "config", "export", "files", "networks", "pictures", "predict", "ranking", "report", "results"}
+    | {"submission", "sweep", "testing"}
     | {"hydra", "numpy", "omegaconf", "torch", "tqdm"},
     "datasets": {"PIL", "sklearn", "torchvision", "tqdm"},
     "errors": {"hydra", "omegaconf"},
+    "export": {"PIL", "onnxruntime", "onnxscript", "torch"},
     "figures": {"matplotlib"},
     "methods": {"scipy", "sklearn"},
     "gpnd": {"scipy"},
