@@ -159,7 +159,7 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
         hydra.errors.HydraException: an override that does not parse, or names no config or key.
     """
     files = tuple(word for word in overrides if not _SETS_A_KEY.match(word))
-    written = tuple((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in _of_the_user())
+    written = (*search_path(), *((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in _of_the_user()))
     try:
         cfg = _composed(files, written).copy()
         for word in overrides:
@@ -175,7 +175,7 @@ _SETS_A_KEY = re.compile(rf"({'|'.join(TOP_LEVEL)}|(?!hydra\.)\w+(\.\w+)+)=")
 
 
 @functools.lru_cache(maxsize=256)
-def _composed(files: tuple[str, ...], written: tuple[tuple[str, int, int], ...]) -> DictConfig:
+def _composed(files: tuple[str, ...], written: tuple[object, ...]) -> DictConfig:
     """What is composed of ``files`` alone, of the user's own as they were ``written`` last."""
     return without_hydra(_compose(files))
 

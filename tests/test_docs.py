@@ -66,6 +66,7 @@ def test_the_bare_lightning_program_runs(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def test_a_folder_of_configs_that_is_not_there_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    config.compose()  # which is kept
     monkeypatch.setenv(config.EXTRA_CONFIGS, "/nowhere")
     with pytest.raises(ValueError, match="ANOMALY_LAB_CONF=/nowhere is not a folder"):
         config.compose()
