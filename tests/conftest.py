@@ -66,13 +66,15 @@ def _no_test_meets_another() -> Iterator[None]:
 
 
 @pytest.fixture(autouse=True)
-def _figures_where_a_test_asks_for_them(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _figures_where_a_test_asks_for_them(request: pytest.FixtureRequest) -> Iterator[None]:
     """A run of seconds spends half of them on its figures: those of tests that are not marked ``drawn`` leave them out.
 
     Runs of wider fixtures and of processes of their own draw.
     """
-    if request.node.get_closest_marker("drawn") is None:
-        monkeypatch.setattr("anomaly_lab.run.draw", lambda *_: None)
+    with pytest.MonkeyPatch.context() as patch:  # a test's own monkeypatch is undone before the state is looked at
+        if request.node.get_closest_marker("drawn") is None:
+            patch.setattr("anomaly_lab.run.draw", lambda *_: None)
+        yield
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
