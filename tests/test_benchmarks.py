@@ -110,7 +110,7 @@ def bare_losses(model: str, cfg: DictConfig, spoil: Callable[[Bare], None] = lam
     return found
 
 
-@pytest.mark.parametrize("model", LOOPS)
+@pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] * ("piad" in m)) for m in LOOPS])
 def test_the_bare_loop_has_the_labs_losses_step_by_step(model: str) -> None:
     witness = witnessed(model)
     found = bare_losses(model, tiny(model))

@@ -47,6 +47,7 @@ def test_where_all_anomalies_are_tested_there_is_no_ceiling(data: Path) -> None:
         made(CEILING, data, "split=one_abnormal", "normal_class=null", "abnormal_class=1")
 
 
+@pytest.mark.slow
 def test_its_labels_are_worth_something_and_without_them_it_says_so(data: Path, tmp_path: Path) -> None:
     where = [f"runs={tmp_path}", f"data_dir={data}", "trainer.progress=false", "logger=none", "normal_class=1"]
     result = run(config.compose([f"model={CEILING}", "model.budget.steps=200", *where]))

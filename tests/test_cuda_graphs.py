@@ -106,7 +106,7 @@ def outcome(cfg: DictConfig, callbacks: Sequence[Callback] = ()) -> tuple[dict[s
     return result, state
 
 
-@pytest.mark.parametrize("model", METHODS)
+@pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] * (m != "ganomaly")) for m in METHODS])
 def test_replayed_steps_end_where_computed_ones_do(tmp_path: Path, model: str) -> None:
     GRAPHS.clear()
     plain, weights = outcome(tiny(tmp_path / "plain", model))

@@ -197,6 +197,7 @@ def test_pixels_are_brought_over_by_pillow(shape: tuple[int, ...]) -> None:
 
 
 @pytest.mark.data
+@pytest.mark.slow
 def test_cifar10_against_mnist_has_all_its_images(data_dir: Path) -> None:
     made = job(data_dir, "split=ood", "dataset=cifar10", "split.anomalies=mnist")
     parts = make_data(made).partition
