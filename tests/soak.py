@@ -171,19 +171,25 @@ def attempt(place: Place, kind: str, seconds: float, chance: random.Random) -> i
     return code
 
 
-def disturbed_command(place: Place, kind: str, seconds: float, chance: random.Random) -> int:
-    """As `attempt`, by the command itself: its only process, its main process, or a worker is killed."""
+WORKER = "a worker of the parallel launcher"
+
+
+def disturbed_command(place: Place, kind: str, seconds: float, chance: random.Random) -> tuple[int, bool]:
+    """As `attempt`, by the command itself: its only process, its main process, or a worker is killed.
+
+    The second: whether one was there to be killed, for at the moment drawn they may have ended.
+    """
     parallel = ["hydra/launcher=parallel", "hydra.launcher.n_jobs=2"] if "parallel" in kind else []
     with command(place, *parallel) as process:
         while process.poll() is None and not list(place.runs.rglob(".lock")):
             time.sleep(0.01)  # imports
         time.sleep(chance.uniform(0, seconds))
-        if process.poll() is None:
-            victims = [process.pid]
-            if kind == "a worker of the parallel launcher":
-                victims = workers(process.pid)
+        victims = [process.pid] if process.poll() is None else []
+        if victims and kind == WORKER:
+            victims = workers(process.pid)
+        if victims:
             os.kill(chance.choice(victims), signal.SIGKILL)
-        return process.wait(timeout=600)
+        return process.wait(timeout=600), bool(victims)
 
 
 def workers(pid: int) -> list[int]:
@@ -281,14 +287,15 @@ def soak(
         for _ in range(5):
             if enough():
                 break
-            if left_commands:
+            commanded, killed = bool(left_commands), True
+            if commanded:
                 kind = left_commands.pop()
-                code = disturbed_command(place, kind, seconds, chance)
+                code, killed = disturbed_command(place, kind, seconds, chance)
             else:
                 kind = next(kinds)
                 code = attempt(place, kind, seconds, chance)
             where = f"sweep {figures['sweeps']}, {kind}"
-            survived = kind == "a worker of the parallel launcher"  # the sweep itself goes on
+            survived = killed and kind == WORKER  # the sweep itself goes on
             if kind == "Ctrl-C":
                 figures["interrupts"] += code == cli.INTERRUPTED
                 if code not in (0, cli.INTERRUPTED):
@@ -298,7 +305,7 @@ def soak(
                 figures["died in a write"] += bool(parts(place))
             elif code != 0:
                 figures["faults"].append(f"{where}: ended with {code}")
-            elif kind.startswith("the "):  # the command had ended before the moment that was drawn: again
+            elif commanded:  # all that could be killed had ended before the moment that was drawn: again
                 left_commands.append(kind)
             figures["files checked whole"] += sum(path.is_file() for path in place.home.rglob("*"))
             figures["faults"] += [f"{where}: {line}" for line in torn(place)]
@@ -395,7 +402,7 @@ def main() -> None:
     parser.add_argument("--page", type=Path, help="Markdown")
     arguments = parser.parse_args()
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell that starts this in the background ignores it
-    kinds = ["the command", "a worker of the parallel launcher", "the main process of the parallel launcher"]
+    kinds = ["the command", WORKER, "the main process of the parallel launcher"]
     commands = [*itertools.islice(itertools.cycle(kinds), arguments.commands)]
 
     def note(figures: dict[str, Any]) -> None:
