@@ -143,7 +143,8 @@ def epochs(cfg: DictConfig, data: OneClassData) -> int:
     budget, stages = cfg.model.budget, _stages(cfg)
     if (budget.epochs is not None) + (budget.steps is not None) + bool(stages) > 1:
         raise ValueError("give model.budget one of epochs, steps and stages, and null for the others")
-    refuse_fewer(0, "model.budget", **{name: budget[name] or 0 for name in ("epochs", "steps")})
+    given = {name: budget[name] for name in ("epochs", "steps") if budget[name] is not None}
+    refuse_fewer(0, "model.budget", **given)
     if stages:
         return sum(stages.values())
     return int(budget.epochs or 0) if budget.steps is None else math.ceil(budget.steps / data.steps)

@@ -211,6 +211,7 @@ def freeze(module: nn.Module, *, persistent: bool = False) -> None:
 class _Cut(NamedTuple):
     """The part of a torchvision network that is used."""
 
+    network: str  # torchvision's name
     weights: str  # torchvision's enum of published weights
     layers: int  # of its ``.features``
     channels: int  # K
@@ -222,9 +223,9 @@ class _Cut(NamedTuple):
 # of 32 pixels leave 4×4 and 3×3 positions; one pooling further, SqueezeNet would leave a single one. VGG19 up to
 # relu3_2 is the choice of the deep perceptual autoencoder (ADDPA) for such images.
 _CUTS = {
-    "vgg19": _Cut("VGG19_Weights", 23, 512, 8),
-    "vgg19_relu3_2": _Cut("VGG19_Weights", 14, 256, 4),
-    "squeezenet1_0": _Cut("SqueezeNet1_0_Weights", 9, 384, 16),
+    "vgg19": _Cut("vgg19", "VGG19_Weights", 23, 512, 8),
+    "vgg19_relu3_2": _Cut("vgg19", "VGG19_Weights", 14, 256, 4),
+    "squeezenet1_0": _Cut("squeezenet1_0", "SqueezeNet1_0_Weights", 9, 384, 16),
 }
 
 Weights = Literal["torchvision", "file", "random"]
@@ -280,7 +281,7 @@ class PerceptualFeatures(nn.Module):
         self.architecture, self.weights, self.channels = architecture, weights, cut.channels
         self._statistics = dict(statistics or {})
         with torch.device("meta"):  # no memory for the classifier, the larger part
-            layers = getattr(models, architecture.removesuffix("_relu3_2"))().features[: cut.layers]
+            layers = getattr(models, cut.network)().features[: cut.layers]
         self.layers: nn.Sequential = layers.to_empty(device="cpu")
         if weights == "random":
             _init_he(self.layers)

@@ -86,7 +86,7 @@ def ranking(frame: pd.DataFrame) -> Ranking:
         agreed = n * (k - 1) - chi  # 0: every problem ranks them alike
         p = float(f.sf((n - 1) * chi / agreed, k - 1, (k - 1) * (n - 1))) if agreed > 1e-9 else 0.0
     q = float(studentized_range.ppf(1 - LEVEL, k, math.inf)) / math.sqrt(2)
-    left = {str(name): int(count) for name, count in counts.items() if 0 < count < n}
+    left = {str(name): int(count) for name, count in counts.items() if count < n}
     return Ranking(ranks, whole.mean()[ranks.index], n, left, p, q * math.sqrt(k * (k + 1) / (6 * n)))
 
 

@@ -136,7 +136,7 @@ def init_residual(module: nn.Module) -> None:
 def levels(name: str, widths: Sequence[int], size: int) -> int:
     """How many widths images of S pixels take: one for each of S, S/2, ..., 8 and one more."""
     if size < 8 or size & (size - 1):
-        raise ValueError(f"PIAD halves the image down to 4×4: give model.input.size 8, 16, 32, ..., not {size}")
+        raise ValueError(f"the encoder halves the image down to 4×4: give model.input.size 8, 16, 32, ..., not {size}")
     levels = int(math.log2(size)) - 1
     if len(widths) < levels:
         raise ValueError(f"model.detector.{name} has {len(widths)} widths: images of {size} pixels need {levels}")
