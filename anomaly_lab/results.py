@@ -364,6 +364,11 @@ def read_csv(path: str | Path) -> pd.DataFrame:
     return _frame(rows, changed)
 
 
+def read_pages(folder: Path) -> dict[str, pd.DataFrame]:
+    """The frame of every experiment's ``results.csv`` below ``folder``, by the name of its folder, sorted."""
+    return {path.parent.name: read_csv(path) for path in sorted(folder.glob("*/results.csv"))}
+
+
 def from_rows(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     """The frame of rows by the names of its columns, such as `rows_of` gives; parameters that a row lacks are None."""
     keys = sorted({key for row in rows for key in row if "." in key})
@@ -443,6 +448,30 @@ def _refuse_unequal(frame: pd.DataFrame, keys: Sequence[str], column: str, what:
                 f"{group.iloc[0]['path']} and {other.iloc[0]['path']} share a name but were made {what}: "
                 "delete the stale one, or give it a name of its own"
             )
+
+
+def union(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
+    """The runs of all frames, each once, in their order; the column ``sources`` has the names of those that hold it.
+
+    Args:
+        frames: of `read`, `read_csv` or `submission.frame`, by name. Of the same run, the row that says most is kept.
+
+    Raises:
+        ValueError: one run has two results, or runs that share a name were made of other images or settings.
+    """
+    import pandas as pd
+
+    plain = [column.name for column in COLUMNS] + ["label", "problem"]  # frames differ in their parameters
+    runs = pd.concat([frame[plain].assign(source=name) for name, frame in frames.items()], ignore_index=True)
+    key = ["dataset", "split", "label", "normal_class", "seed"]
+    for (*_, label, _, _), same in runs[runs.duplicated(key, keep=False)].groupby(key):
+        if same["auroc"].map(csv_cell).nunique() > 1:  # a results.csv has six digits, a submission all
+            raise ValueError(f"{label} has two results in {' and '.join(same['source'])}: make the older one again")
+    runs["sources"] = runs.groupby(key)["source"].transform(lambda names: [tuple(names)] * len(names))
+    fullest = runs.assign(known=runs.notna().sum(axis=1)).sort_values("known", ascending=False, kind="stable")
+    runs = fullest.drop_duplicates(key).drop(columns=["known", "source"]).sort_index()
+    refuse_mixtures(runs)
+    return runs
 
 
 def natural(text: str) -> list[tuple[int, float, str]]:

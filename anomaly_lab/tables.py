@@ -200,24 +200,12 @@ def overview(frames: Mapping[str, pd.DataFrame]) -> list[Entry]:
     A run that several frames hold counts once. The seeds expected of a method are those that it has itself.
 
     Args:
-        frames: of `results.read`, `results.read_csv` or `submission.frame`, by a name that `Entry.sources` repeats.
+        frames: as those of `results.union`; `Entry.sources` repeats their names.
 
     Raises:
-        ValueError: one run has two results, or runs that share a name were made of other images or settings.
+        ValueError: see `results.union`.
     """
-    import pandas as pd
-
-    plain = [column.name for column in results.COLUMNS] + ["label", "problem"]  # frames differ in their parameters
-    union = pd.concat([frame[plain].assign(source=name) for name, frame in frames.items()], ignore_index=True)
-    key = ["dataset", "split", "label", "normal_class", "seed"]
-    for (*_, label, _, _), runs in union[union.duplicated(key, keep=False)].groupby(key):
-        if runs["auroc"].map(results.csv_cell).nunique() > 1:  # a results.csv has six digits, a submission all
-            raise ValueError(f"{label} has two results in {' and '.join(runs['source'])}: make the older one again")
-    sources = union.groupby(["dataset", "split", "label"])["source"].unique()
-    # Of the same run, earlier code recorded less.
-    fullest = union.assign(known=union.notna().sum(axis=1)).sort_values("known", ascending=False, kind="stable")
-    runs = fullest.drop_duplicates(key).drop(columns="known").sort_index()
-    results.refuse_mixtures(runs)
+    runs = results.union(frames)
     entries = []
     for (dataset, split, label), own in runs.groupby(["dataset", "split", "label"], sort=False):
         [row] = table(own, dataset, split).rows
@@ -238,7 +226,7 @@ def overview(frames: Mapping[str, pd.DataFrame]) -> list[Entry]:
                 whole=None if math.isnan(own["classes"].max()) else int(own["classes"].max()),
                 seeds=tuple(sorted(set(own["seed"].tolist()))),
                 published_as=row.published_as,
-                sources=tuple(sources[dataset, split, label]),
+                sources=tuple(name for name in frames if any(name in names for names in own["sources"])),
             )
         )
     return sorted(entries, key=lambda e: (e.dataset, e.split, e.problem, -(e.mean.mean or 0.0), e.label))

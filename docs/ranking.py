@@ -7,8 +7,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pandas as pd
-
 from anomaly_lab import figures, ranking, results
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -44,16 +42,10 @@ changes a setting of the method are left out, and so are methods whose epochs tr
 """
 
 
-def committed() -> pd.DataFrame:
-    """Every committed run once, in the order of the pages."""
-    frames = [results.read_csv(path) for path in sorted((ROOT / "experiments").glob("*/results.csv"))]
-    return pd.concat(frames, ignore_index=True).drop_duplicates(["label", *ranking.PROBLEM, "seed"], ignore_index=True)
-
-
 def page() -> tuple[str, ranking.Ranking]:
     """The whole page, and the ranking of its figure."""
-    every = ranking.ranking(results.read_csv(ROOT / "experiments/everything/results.csv"))
-    frame = committed()
+    pages = results.read_pages(ROOT / "experiments")
+    every, frame = ranking.ranking(pages["everything"]), results.union(pages)
     out = [HEAD, EVERYTHING, *ranking.markdown(every), "![Mean ranks of every method](ranking.png)", ""]
     whole = frame[frame["changed"] == frame["problem"]]
     for (dataset, split, problem), runs in whole.groupby(["dataset", "split", "problem"]):

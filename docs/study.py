@@ -83,17 +83,14 @@ def finding(groups: Sequence[Group]) -> Finding | None:
 
 def committed(folder: Path) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Every committed run once, and the epochs of those that were watched, with data set and class."""
-    frames, epochs = [], []
-    for file in sorted(folder.glob("*/results.csv")):
-        frame = results.read_csv(file)
-        frames.append(frame[frame["labels"] != True])  # noqa: E712  # no supervised ceiling
-        if (watched := file.with_name("epochs.csv")).exists():
+    pages, epochs = results.read_pages(folder), []
+    for name, frame in pages.items():
+        if (watched := folder / name / "epochs.csv").exists():
             of_run = frame.set_index("path")[["dataset", "class_name"]]
             table = pd.read_csv(watched).join(of_run, on="path")
-            epochs.append(table.assign(run=f"{file.parent.name}/" + table["path"]))
-    runs = pd.concat(frames, ignore_index=True)
-    # A partition's fingerprint says which images; a run on two pages is one run.
-    return runs.drop_duplicates(["fingerprint", "model", "changed", "seed"]), pd.concat(epochs, ignore_index=True)
+            epochs.append(table.assign(run=f"{name}/" + table["path"]))
+    runs = results.union(pages)
+    return runs[~runs["labels"]], pd.concat(epochs, ignore_index=True)  # no supervised ceiling
 
 
 def groups_of(table: pd.DataFrame, keys: Sequence[str], criterion: str, sign: int, auroc: str = "auroc") -> list[Group]:

@@ -113,7 +113,7 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 
 def everything(address: Any) -> str:
     """The table as HTML; `address` gives the link to a page of the repository."""
-    frames = {path.parent.name: results.read_csv(path) for path in sorted(ROOT.glob("experiments/*/results.csv"))}
+    frames = results.read_pages(ROOT / "experiments")
     entries = tables.overview(frames)
     methods = address("docs/methods.md")
     sections = {entry.method: section(entry.method) for entry in entries}

@@ -13,32 +13,24 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 from test_methods import CEILINGS, MODELS, shrunk
+from trained import one_abnormal
 
 from anomaly_lab import cli, config, export, metrics, predict
 from anomaly_lab.build import make_detector, make_prepare
-from anomaly_lab.run import run
 
 onnxruntime = pytest.importorskip("onnxruntime", reason="needs the extra: pip install anomaly-lab[onnx]")
 
 PAGE = Path(__file__).parent.parent / "docs/export.md"
-TINY = ["model.budget.epochs=1", "model.budget.epoch_steps=1", "model.detector.width=4", "trainer.progress=false"]
 
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A finished run, exported by the command."""
     folder = tmp_path_factory.mktemp("export")
-    where = [f"runs={folder / 'runs'}", f"data_dir={folder / 'data'}"]
-    cfg = config.compose([*TINY, *where, "split=one_abnormal", "abnormal_class=3", "split.max_train=250"])
-    result = run(cfg)
-    assert result is not None and result["metrics"]["threshold"] is not None
-    out = config.job(cfg).out
-    with np.load(out / "scores.npz") as file:
-        written = dict(file)
-    file = folder / "new" / "model.onnx"
-    assert cli.export([str(out), "--out", str(file)]) == 0
-    images = config.load_images(cfg).pixels[written["index"]]
-    return SimpleNamespace(out=out, result=result, images=images, file=file, **written)
+    found = one_abnormal(folder)
+    found.file, found.images = folder / "new" / "model.onnx", found.images[found.index]
+    assert cli.export([str(found.out), "--out", str(found.file)]) == 0
+    return found
 
 
 def fitted(model: str) -> predict.FittedDetector:

@@ -2,24 +2,17 @@
 
 from __future__ import annotations
 
-import importlib.util
-from pathlib import Path
 from types import ModuleType
 
 import pytest
+from programs import load
 
 from anomaly_lab import config
-
-GALLERY = Path(__file__).parent.parent / "docs/gallery.py"
 
 
 @pytest.fixture(scope="module")
 def gallery() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("gallery", GALLERY)
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("gallery")
 
 
 def test_the_gallery_is_what_its_generator_writes(gallery: ModuleType) -> None:

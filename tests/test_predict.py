@@ -14,27 +14,18 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from trained import TINY, one_abnormal
 
 import anomaly_lab
 from anomaly_lab import cli, config, metrics, predict
 from anomaly_lab.datasets import ImageFolder
 from anomaly_lab.run import run
 
-TINY = ["model.budget.epochs=1", "model.budget.epoch_steps=1", "model.detector.width=4", "trainer.progress=false"]
-
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A run with a threshold (25 held-out normals), its files, and its images."""
-    folder = tmp_path_factory.mktemp("predict")
-    where = [f"runs={folder / 'runs'}", f"data_dir={folder / 'data'}"]
-    cfg = config.compose([*TINY, *where, "split=one_abnormal", "abnormal_class=3", "split.max_train=250"])
-    result = run(cfg)
-    assert result is not None and result["metrics"]["threshold"] is not None
-    out = config.job(cfg).out
-    with np.load(out / "scores.npz") as file:
-        written = dict(file)
-    return SimpleNamespace(out=out, result=result, images=config.load_images(cfg).pixels, **written)
+    return one_abnormal(tmp_path_factory.mktemp("predict"))
 
 
 @pytest.fixture(scope="module")

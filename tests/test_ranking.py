@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import math
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from finished import AE, Runs
+from programs import load
 from scipy.stats import f, rankdata
 
 from anomaly_lab import cli, figures, ranking, results
@@ -119,9 +119,6 @@ def test_the_command_ranks_runs(runs: Runs, capsys: pytest.CaptureFixture[str]) 
 
 
 def test_the_committed_page_is_what_its_generator_writes() -> None:
-    spec = importlib.util.spec_from_file_location("ranking_page", ROOT / "docs/ranking.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load("ranking")
     assert module.PAGE.read_text(encoding="utf-8") == module.page()[0], "run python docs/ranking.py"
     assert len(results.read_csv(ROOT / "experiments/everything/results.csv"))

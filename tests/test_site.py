@@ -3,7 +3,6 @@ table of everything says what the committed results say; the page of protocols s
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import re
@@ -19,6 +18,7 @@ from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
 import pytest
+from programs import load
 
 from anomaly_lab import config, results, tables
 
@@ -146,11 +146,7 @@ def test_floors_are_the_methods_whose_yaml_says_so() -> None:
 
 @pytest.fixture(scope="module")
 def protocols() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("protocols", ROOT / "docs/protocols.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load("protocols")
 
 
 def test_the_page_of_protocols_is_what_its_generator_writes(protocols: ModuleType) -> None:
