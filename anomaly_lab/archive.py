@@ -71,6 +71,19 @@ class Archive:
             raise ValueError(f"{self.path}: {path} is damaged ({type(error).__name__}: {error})") from error
         return found
 
+    def entry(self, path: str) -> dict[str, Any]:
+        """What `entry` said of the run that the frame calls ``path`` when it was archived, held to its arrays.
+
+        Raises:
+            ValueError: there is none, its arrays are damaged, or its row says something else.
+        """
+        arrays = self.scores(path)
+        said = {name: value for name, value in self.entries[path].items() if name != "arrays"}
+        found = record.of_scores(arrays, said["threshold_quantile"])
+        columns = {name: value for name, value in found.items() if name in said["row"]}
+        record.refuse_other(columns, said["row"], f"{self.path}: {path}")
+        return said
+
 
 def digest(arrays: Mapping[str, NDArray[Any]]) -> str:
     """SHA-256 of what a run's metrics are computed from, whatever file it lies in."""

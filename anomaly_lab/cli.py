@@ -22,6 +22,7 @@ from anomaly_lab.errors import (
     exit_code,
     explained,
     ignore_pipe,
+    printable,
 )
 from anomaly_lab.files import UNWRITABLE
 
@@ -117,7 +118,7 @@ def train() -> None:
 
 
 def _mistake(program: str, line: str, code: int = MISTAKE) -> int:
-    print(f"{program}: error: {line}", file=sys.stderr)
+    print(f"{program}: error: {printable(line)}", file=sys.stderr)
     return code
 
 
@@ -201,7 +202,12 @@ def report(argv: Sequence[str] | None = None) -> int:
         "as Markdown, CSV, LaTeX and one HTML page.",
     )
     parser.add_argument(
-        "runs", nargs="?", default="runs", type=Path, metavar="RUNS", help="folder of runs (default: runs)"
+        "runs",
+        nargs="?",
+        default="runs",
+        type=Path,
+        metavar="RUNS",
+        help="folder of runs (default: runs); for --submission also an archive of --scores",
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where to write (default: RUNS/report)")
     parser.add_argument(
@@ -249,7 +255,7 @@ def report(argv: Sequence[str] | None = None) -> int:
         type=Path,
         metavar="FILE",
         help="instead of a report: write the runs, all of one method on one protocol (RUNS/METHOD/DATASET/SPLIT), as a "
-        ".json that anomaly-lab-check-submission can hold to their scores",
+        ".json that anomaly-lab-check-submission can hold to their scores; or a folder, for a file of each method",
     )
     asked = parser.parse_args(argv)
 
@@ -283,14 +289,26 @@ def report(argv: Sequence[str] | None = None) -> int:
 
 
 def _handed_on(asked: argparse.Namespace) -> None:
-    """Write what others check: scores, a submission."""
+    """Write what others check: scores, submissions."""
     from anomaly_lab import archive, report, results, submission
 
-    frame, expected, _ = report.selected(asked.runs, asked.experiment)
+    frame = None
+    if not (asked.runs.is_file() and asked.submission and not asked.scores and not asked.experiment):
+        frame, expected, _ = report.selected(asked.runs, asked.experiment)
     if asked.submission:
-        said = submission.line(submission.write(asked.runs, frame, asked.submission))
-        print(f"{said}\nwritten: {asked.submission}")
+        entries, out = submission.entries(asked.runs, frame), asked.submission
+        one = out.suffix == ".json"
+        written = 0
+        for file, said in [(out, submission.write(entries, out))] if one else submission.write_each(entries, out):
+            if isinstance(said, str):
+                print(f"not written: {said}", file=sys.stderr)
+            else:
+                print(f"{submission.line(said)}\nwritten: {file}")
+                written += 1
+        if not written:
+            raise ValueError(f"no method has all that a submission needs: nothing was written into {out}")
     if asked.scores:
+        assert frame is not None
         results.refuse_mixtures(frame)
         archive.write(asked.runs, frame, asked.scores)
         print(f"written: {asked.scores}: the scores of {len(frame)} runs, {asked.scores.stat().st_size / 1e6:.2f} MB")

@@ -66,6 +66,11 @@ def shortened(error: BaseException) -> str:
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
+def printable(text: str) -> str:
+    """A text in one line that no terminal obeys: control characters, of names that come from a file, are blanks."""
+    return "".join(character if character.isprintable() else " " for character in text)
+
+
 def exit_code(error: Exception) -> int:
     """`FAILED` where the command was right, else `MISTAKE`; of an error that `explained` has a line for."""
     failed = isinstance(error, RunFailed) or (isinstance(error, OSError) and error.errno in UNWRITABLE)

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import json
 import logging
+import math
 import os
 import time
 import uuid
@@ -59,6 +60,37 @@ def write_text(path: str | Path, text: str) -> None:
 def write_json(path: str | Path, content: Mapping[str, Any]) -> None:
     """`write_atomically` of plain values; NaN and infinity, which JSON lacks, are a ValueError."""
     write_text(path, json.dumps(content, indent=1, allow_nan=False))
+
+
+def read_json(path: Path) -> Any:
+    """The plain values of a JSON file that somebody else may have written.
+
+    Raises:
+        ValueError: it is no file, or no JSON as `write_json` writes it: a number is not finite, or a key there twice.
+        RecursionError: it has thousands of brackets.
+    """
+    if not path.is_file():  # a pipe would wait for somebody who writes
+        raise ValueError("it is no file")
+    text = path.read_text(encoding="utf-8")
+    return json.loads(text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_unique)
+
+
+def _refuse_constant(name: str) -> None:
+    raise ValueError(f"a number is {name}")
+
+
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise ValueError(f"a number is {text}")
+    return value
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"a key is there twice: {next(key for key in keys if keys.count(key) > 1)!r}")
+    return found
 
 
 def refuse_bomb(path: Path, most: float = 50) -> None:

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from anomaly_lab.files import refuse_bomb, write_json
+from anomaly_lab.files import read_json, refuse_bomb, write_json
 
 IDENTITY = {"model": str, "dataset": str, "split": str, "normal_class": int, "seed": int, "changed": dict}
 """What makes a run the same run. ``normal_class`` is a class's index, or ``0+1`` or ``all`` of several (`SEVERAL`)."""
@@ -69,9 +69,7 @@ def read(folder: Path, *, scored: bool = True) -> dict[str, Any]:
     """
     file = folder / "result.json"
     try:
-        if not file.is_file():  # a pipe would wait for somebody who writes
-            raise ValueError("it is no file")
-        result: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
+        result: dict[str, Any] = read_json(file)
         fault = next(_faults(result), "")
         for name, sha256 in result.get("sha256", {}).items() if scored and not fault else ():
             beside = folder / Path(name).name
@@ -85,10 +83,6 @@ def read(folder: Path, *, scored: bool = True) -> dict[str, Any]:
     if fault:
         raise ValueError(f"{file} is damaged ({fault}): delete it and run again")
     return result
-
-
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"a number is {name}")
 
 
 def _faults(result: Mapping[str, Any]) -> Iterator[str]:

@@ -376,6 +376,27 @@ def from_rows(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return _frame([{name: row.get(name) for name in names} for row in rows], keys)
 
 
+def fault(row: Mapping[str, Any]) -> str:
+    """What in a row by its columns' names, such as `rows_of` gives, no run writes; empty where there is nothing."""
+    for name, kind, _, _, optional in COLUMNS:
+        value = row.get(name)
+        if value is None:
+            # A metric that does not apply is None; other columns are there, unless earlier code did not have them.
+            if (kind is float and name != "auroc") or (optional and name not in row):
+                continue
+            return f"{name} is missing"
+        if kind is bool or isinstance(value, bool):
+            fits = kind is bool and isinstance(value, bool)
+        elif isinstance(value, str):
+            fits = kind is str or kind == int | str
+        else:
+            fits = kind is not str and isinstance(value, int | float if kind is float else int)
+            fits = fits and abs(value) < 2**63 and (name not in record.SHARES or 0 <= value <= 1)
+        if not fits:
+            return f"{name} is {value!r:.40}"
+    return ""
+
+
 def rows_of(frame: pd.DataFrame) -> list[dict[str, Any]]:
     """The rows of a frame as plain values, None for what is not a number."""
     columns = [*(column.name for column in COLUMNS), *parameters(frame)]

@@ -6,13 +6,16 @@ number that was typed), not against forgery: whoever makes scores up can make up
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from anomaly_lab import archive, record, results
-from anomaly_lab.files import write_json
+from anomaly_lab.errors import printable, shortened
+from anomaly_lab.files import read_json, write_json
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -23,32 +26,92 @@ PROTOCOL = ("dataset", "images", "split", "split_version", "problem", "role", "c
 contamination. ``classes``: how many one-class problems there are."""
 
 
-def write(runs: Path, frame: pd.DataFrame, out: Path) -> dict[str, Any]:
-    """Write the runs of ``frame``, all of one method on one protocol, as the submission ``out``; its content.
+NAME = re.compile(r"\w[\w.+-]*(/\w[\w.+-]*)*")
+"""Of a model, data set or split: a part of a path that leads nowhere else."""
+
+
+def entries(source: Path, frame: pd.DataFrame | None = None) -> list[dict[str, Any]]:
+    """What submissions say of runs, each an `archive.entry`, held to its scores.
+
+    Args:
+        source: the folder of runs that ``frame`` is of, or an archive, all of whose runs are meant.
 
     Raises:
-        ValueError: they are of several, classes are missing, or scores are gone or say something else.
+        ValueError: it is no archive; or scores are gone or say something else.
     """
-    content = summary([archive.entry(runs, row) for row in results.rows_of(frame)])
-    refuse_unsound(content, "these runs")
+    if frame is not None:
+        return [archive.entry(source, row) for row in results.rows_of(frame)]
+    kept = archive.Archive(source)
+    return [kept.entry(path) for path in kept.entries]
+
+
+def write(entries: Sequence[Mapping[str, Any]], out: Path, what: str = "these runs") -> dict[str, Any]:
+    """Write the submission ``out`` of runs of one method on one protocol; its content.
+
+    Raises:
+        ValueError: they are of several, or classes are missing. One line, which begins with ``what``.
+    """
+    content = summary(entries)
+    refuse_unsound(content, what)
     write_json(out, content)
     return content
+
+
+def write_each(entries: Sequence[Mapping[str, Any]], folder: Path) -> Iterator[tuple[Path, dict[str, Any] | str]]:
+    """Write a submission of each method on each protocol into ``folder``, named by both.
+
+    Yields:
+        Each file with its content; or with the line that says why it was not written.
+    """
+    files: dict[str, list[Mapping[str, Any]]] = {}
+    for entry in entries:
+        row = results.named(entry["row"])
+        changed = "" if row["label"] == row["model"] else "-" + hashlib.sha256(row["label"].encode()).hexdigest()[:8]
+        name = f"{row['model']}-{row['dataset']}-{row['split']}{changed}.json"
+        files.setdefault(name.replace("/", "-"), []).append(entry)
+    for name, own in sorted(files.items()):
+        row = results.named(own[0]["row"])
+        what = f"{row['label']} on {row['dataset']} · {row['split']}"
+        try:
+            yield folder / name, write(own, folder / name, what)
+        except ValueError as error:
+            yield folder / name, str(error)
 
 
 def read(path: str | Path) -> dict[str, Any]:
     """The content of a submission, which agrees with itself: see `refuse_unsound`.
 
     Raises:
-        ValueError: it is none, or does not.
+        ValueError: it is none, or does not. One line.
     """
     try:
-        content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        content: dict[str, Any] = read_json(Path(path))
+    except (ValueError, RecursionError, OSError) as error:
+        raise ValueError(f"{path} is no submission ({type(error).__name__}: {shortened(error)})") from error
+    try:
         if content["schema"] != SCHEMA:
             raise ValueError(f"{path}: schema {content['schema']}, this code reads {SCHEMA}")
         refuse_unsound(content, str(path))
-    except (KeyError, TypeError, AttributeError, UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, AttributeError, OverflowError) as error:
         raise ValueError(f"{path} is no submission ({type(error).__name__}: {error})") from error
     return content
+
+
+def read_pages(folder: Path) -> dict[str, pd.DataFrame]:
+    """The `frame` of every experiment's submissions below ``folder``, as ``NAME/submissions/FILE.json``, held to its
+    scores.
+
+    Raises:
+        ValueError: one does not agree with itself, or not with ``NAME/scores.npz``.
+    """
+    pages = {}
+    for archived in sorted({file.parent.parent for file in folder.glob("*/submissions/*.json")}):
+        scores = archive.Archive(archived / "scores.npz")
+        for file in sorted(archived.glob("submissions/*.json")):
+            content = read(file)
+            refuse_unfounded(content, str(file), None, scores)
+            pages[file.relative_to(folder).as_posix()] = frame([content])
+    return pages
 
 
 def frame(submissions: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
@@ -71,6 +134,9 @@ def refuse_unsound(content: Mapping[str, Any], where: str) -> None:
     entries = content["runs"]
     if not entries:
         raise ValueError(f"{where}: holds no runs")
+    for entry in entries:
+        if fault := results.fault(entry["row"]):
+            raise ValueError(f"{where}: {fault}, which no run writes")
     protocols = {json.dumps(protocol(entry), sort_keys=True): protocol(entry) for entry in entries}
     if len(protocols) > 1:
         one, two = list(protocols.values())[:2]
@@ -78,6 +144,9 @@ def refuse_unsound(content: Mapping[str, Any], where: str) -> None:
         raise ValueError(f"{where}: mixes protocols ({differ}): give a file to each")
     for entry in entries:
         identity, row = entry["identity"], entry["row"]
+        for name in ("model", "dataset", "split"):
+            if not NAME.fullmatch(row[name]):
+                raise ValueError(f"{where}: {name} is {row[name]!r}, which is no name")
         if any(row[name] != value for name, value in results.named_by(identity).items()):
             raise ValueError(f"{where}: {row['path']} is not the run that its identity names")
         own = record.place(identity, row["role"]).as_posix()
@@ -119,23 +188,21 @@ def refuse_unfounded(content: Mapping[str, Any], where: str, runs: Path | None, 
             found = archive.entry(runs, row)
         else:
             assert scores is not None
-            matching = [entry for entry in scores.entries.values() if entry["identity"] == said["identity"]]
+            matching = [own for own, entry in scores.entries.items() if entry["identity"] == said["identity"]]
             if not matching:
                 raise ValueError(f"{where}: {scores.path} has no run {path}")
-            found = matching[0]
+            found = scores.entry(matching[0])
         for name in ("fingerprint", "images"):
             if said["row"][name] != found["row"][name]:
                 raise ValueError(f"{where}: {path} has {name} {said['row'][name]}, its scores {found['row'][name]}")
         if said["scores_sha256"] != found["scores_sha256"]:
             raise ValueError(f"{where}: {path} was made of other scores: their checksums differ")
-        if scores is not None:
-            arrays = scores.scores(found["row"]["path"])
-            recomputed = record.of_scores(arrays, said["threshold_quantile"])
-            columns = {name: value for name, value in recomputed.items() if name in said["row"]}
-            record.refuse_other(columns, said["row"], f"{where}: {path}")
-        for name in (column.name for column in results.COLUMNS if column.name in said["row"]):
-            if said["row"][name] != found["row"].get(name):
-                raise ValueError(f"{where}: {path} says {name} {said['row'][name]}, its run {found['row'].get(name)}")
+        # A run's own row has the parameters of all that it was read with, or none.
+        names = [column.name for column in results.COLUMNS] + [key for key in said["row"] if key in found["row"]]
+        for one, other, keys in ((said["row"], found["row"], names), (said, found, (*PROTOCOL, "threshold_quantile"))):
+            for name in keys:
+                if one.get(name) != other.get(name):
+                    raise ValueError(f"{where}: {path} says {name} {one.get(name)}, its run {other.get(name)}")
 
 
 def protocol(entry: Mapping[str, Any]) -> dict[str, Any]:
@@ -150,7 +217,7 @@ def line(content: Mapping[str, Any]) -> str:
     marks = [word for name, word in (("single_seed", "single seed"), ("dirty", "unclean code")) if content[name]]
     marks += ["saw labels"] * content["labels"]
     seeds, classes = len(content["seeds"]), len({str(run["identity"]["normal_class"]) for run in content["runs"]})
-    return (
+    return printable(
         f"{content['method']} on {of['dataset']} · {of['split']}{of['problem'] and ' · ' + of['problem']}: AUROC "
         f"{content['auroc']:.4f}, {classes} classes × {seeds} seed{'s' * (seeds > 1)}"
         + (f" [{', '.join(marks)}]" if marks else "")

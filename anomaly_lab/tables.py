@@ -191,21 +191,44 @@ class Entry:
     whole: int | None  # how many one-class problems the protocol has; None where nothing recorded it
     seeds: tuple[int, ...]
     published_as: str  # the method whose published figures stand beside it, where that is another; else empty
-    sources: tuple[str, ...]  # names of the frames that hold its runs
+    sources: tuple[str, ...]  # names of the pages that hold its runs
+    submissions: tuple[str, ...] = ()  # names of those that do
+    verified: int = 0  # how many of its runs are in submissions
+    archived: int = 0  # how many have their scores in archives
+
+    @property
+    def standing(self) -> str:
+        """What its figure rests on: one of `STANDINGS`."""
+        if self.verified:
+            return STANDINGS[0 if self.verified == self.mean.present else 1]
+        return STANDINGS[2 if self.archived else 3]
 
 
-def overview(frames: Mapping[str, pd.DataFrame]) -> list[Entry]:
+STANDINGS = ("verified from scores", "verified in part", "scores of some classes", "figures only")
+"""Every run is in a submission; some are; none is, though scores are kept: a submission needs all classes; no score is
+kept."""
+
+
+def overview(
+    pages: Mapping[str, pd.DataFrame],
+    submissions: Mapping[str, pd.DataFrame] | None = None,
+    archives: Mapping[str, pd.DataFrame] | None = None,
+) -> list[Entry]:
     """Every run of all frames, aggregated by method, settings, data set and protocol; sorted, the best mean first.
 
-    A run that several frames hold counts once. The seeds expected of a method are those that it has itself.
+    A run that several frames hold counts once, as its submission has it. The seeds expected of a method are those that
+    it has itself.
 
     Args:
-        frames: as those of `results.union`; `Entry.sources` repeats their names.
+        pages: as those of `results.union`; `Entry.sources` repeats their names.
+        submissions: `submission.read_pages`.
+        archives: the frames of archives of scores, by any other names.
 
     Raises:
         ValueError: see `results.union`.
     """
-    runs = results.union(frames)
+    submissions, archives = submissions or {}, archives or {}
+    runs = results.union({**submissions, **archives, **pages})
     entries = []
     for (dataset, split, label), own in runs.groupby(["dataset", "split", "label"], sort=False):
         [row] = table(own, dataset, split).rows
@@ -226,10 +249,17 @@ def overview(frames: Mapping[str, pd.DataFrame]) -> list[Entry]:
                 whole=None if math.isnan(own["classes"].max()) else int(own["classes"].max()),
                 seeds=tuple(sorted(set(own["seed"].tolist()))),
                 published_as=row.published_as,
-                sources=tuple(name for name in frames if any(name in names for names in own["sources"])),
+                sources=_holding(pages, own),
+                submissions=_holding(submissions, own),
+                verified=sum(not submissions.keys().isdisjoint(names) for names in own["sources"]),
+                archived=sum(not archives.keys().isdisjoint(names) for names in own["sources"]),
             )
         )
     return sorted(entries, key=lambda e: (e.dataset, e.split, e.problem, -(e.mean.mean or 0.0), e.label))
+
+
+def _holding(frames: Mapping[str, pd.DataFrame], runs: pd.DataFrame) -> tuple[str, ...]:
+    return tuple(name for name in frames if any(name in names for names in runs["sources"]))
 
 
 def _by_class(item: tuple[int | str, str]) -> tuple[bool, Any]:

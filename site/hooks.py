@@ -1,5 +1,5 @@
 """What the site is made of, beside site/pages: the repository's own pages under their own paths, and the table of
-everything, from every committed results.csv through `anomaly_lab.tables.overview`."""
+everything, from every committed submission and results.csv through `anomaly_lab.tables.overview`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 from mkdocs.utils import get_relative_url
 
-from anomaly_lab import results, tables
+from anomaly_lab import archive, results, submission, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 FRONT = {"docs/start.md": "index.html", "README.md": "overview.html"}  # where they stand on the site
@@ -57,9 +57,10 @@ def on_config(config: MkDocsConfig) -> MkDocsConfig:
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """The repository's pages, and every file that they link to."""
+    """The repository's pages, every file that they link to, and the submissions."""
     own = pages()
-    for path in dict.fromkeys([*own, *(target for page in own for target in links(page))]):
+    submissions = [path.relative_to(ROOT).as_posix() for path in sorted(ROOT.glob("experiments/*/submissions/*.json"))]
+    for path in dict.fromkeys([*own, *(target for page in own for target in links(page)), *submissions]):
         file = File.generated(config, path, abs_src_path=str(ROOT / path))
         if path in FRONT:
             file.dest_uri = FRONT[path]
@@ -114,7 +115,9 @@ def on_page_content(html: str, page: Page, config: MkDocsConfig, files: Files) -
 def everything(address: Any) -> str:
     """The table as HTML; `address` gives the link to a page of the repository."""
     frames = results.read_pages(ROOT / "experiments")
-    entries = tables.overview(frames)
+    submissions = submission.read_pages(ROOT / "experiments")  # each is held to its scores
+    archives = {str(path): archive.Archive(path).frame for path in sorted(ROOT.glob("experiments/*/scores.npz"))}
+    entries = tables.overview(frames, submissions, archives)
     methods = address("docs/methods.md")
     sections = {entry.method: section(entry.method) for entry in entries}
     template = (Path(__file__).parent / "everything.html.j2").read_text(encoding="utf-8")
@@ -129,10 +132,12 @@ def everything(address: Any) -> str:
                 "dataset": ("data set", sorted({entry.dataset for entry in entries})),
                 "split": ("protocol", sorted({entry.split for entry in entries})),
                 "size": ("size", ["small", "full"]),
+                "standing": ("standing", [name for name in tables.STANDINGS if name in {e.standing for e in entries}]),
                 "block": ("block", [b for b in tables.BLOCKS if b in {entry.block for entry in entries}]),
             },
             method_link={name: f"{methods}#{anchor}" for name, anchor in sections.items() if anchor},
             page_link={name: address(f"experiments/{name}/README.md") for name in frames},
+            submission_link={name: address(f"experiments/{name}") for name in submissions},
         )
     )
 

@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlsplit
 import pytest
 from programs import load
 
-from anomaly_lab import config, results, tables
+from anomaly_lab import archive, config, results, submission, tables
 
 ROOT = Path(__file__).parent.parent
 
@@ -66,7 +66,9 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def entries() -> list[tables.Entry]:
-    return tables.overview({p.parent.name: results.read_csv(p) for p in ROOT.glob("experiments/*/results.csv")})
+    archives = {str(p): archive.Archive(p).frame for p in ROOT.glob("experiments/*/scores.npz")}
+    submissions = submission.read_pages(ROOT / "experiments")
+    return tables.overview(results.read_pages(ROOT / "experiments"), submissions, archives)
 
 
 @pytest.mark.slow
@@ -113,11 +115,27 @@ def the_table_has_a_row_for_every_method_of_every_result(site: Path, entries: li
     text = (site / "everything.html").read_text(encoding="utf-8")
     figures = re.findall(r'<td class="number" data-value="([\d.e-]+)"><b>', text)
     assert [float(figure) for figure in figures] == [entry.mean.mean for entry in entries]
+    assert [row["data-standing"] for row in rows] == [entry.standing for entry in entries]
+
+
+def test_every_row_is_there_once_and_says_what_it_rests_on(entries: list[tables.Entry]) -> None:
+    rows = [(e.dataset, e.split, e.label) for e in entries]
+    assert len(set(rows)) == len(rows) and {e.standing for e in entries} == set(tables.STANDINGS)
+    submitted = {path.relative_to(ROOT / "experiments").as_posix() for path in ROOT.glob("experiments/*/submissions/*")}
+    assert {name for e in entries for name in e.submissions} == submitted
+    for e in entries:
+        assert (e.standing == "figures only") == (not e.verified and not e.archived)
+        assert e.standing != "scores of some classes" or len(e.classes) < (e.whole or 0), e.label
+        if e.standing == tables.STANDINGS[0] and len(e.submissions) == 1:
+            content = json.loads((ROOT / "experiments" / e.submissions[0]).read_text(encoding="utf-8"))
+            # Of the runs themselves, and not of the six digits of results.csv.
+            assert e.mean.mean == pytest.approx(content["auroc"], abs=2e-9) and list(e.seeds) == content["seeds"]
 
 
 VIEWS: dict[str, Callable[[tables.Entry], bool]] = {
     "": lambda e: True,
     "dataset=mnist&split=official&block=floor": lambda e: e.dataset == "mnist" and e.method in tables.FLOORS,
+    "standing=verified+from+scores": lambda e: e.standing == "verified from scores",
     "method=SHARED_ae&size=small&whole=1": lambda e: "shared_ae" in e.label and len(e.classes) == e.whole,
     "settings=default&sort=-auroc": lambda e: not e.changed,
 }

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import csv
 import json
+import os
 import shutil
 import zipfile
 from collections.abc import Callable
@@ -262,3 +263,116 @@ def test_submissions_of_one_protocol_saw_the_same_images(made, tmp_path, capsys)
     (tmp_path / "other.json").write_text(json.dumps(content))
     assert cli.check_submission([str(made.folder / "mean_image.json"), str(tmp_path / "other.json")]) == cli.FAILED
     assert "saw different images under the same data set, split, class and seed" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "said"),
+    [
+        ('"f1": ', '"f1": NaN, "f2": ', "a number is NaN"),
+        ('"f1": ', '"f1": 1e999, "f2": ', "a number is 1e999"),
+        ('"seed": ', '"seed": 0, "seed": ', "a key is there twice: 'seed'"),
+        ('"f1": ', f'"f1": {10**60}, "f2": ', "f1 is 1000000000"),
+        ('"epochs": 0', f'"epochs": {10**60}', "epochs is 1000000000"),
+        ('"epochs": 0', '"epochs": ' + "1" * 5000, "is no submission (ValueError: Exceeds the limit"),
+        ('"epochs": 0', '"epochs": true', "epochs is True"),
+        ('"class_name": "', '"class_name": 3, "x": "', "class_name is 3"),
+        ('\n    "labels": false,', "", "says labels None, its run False"),
+        ('"threshold_quantile": 0.95', '"threshold_quantile": 0.5', "says threshold_quantile 0.5, its run 0.95"),
+        ('"model": "mean_image"', '"model": "../mean_image"', "model is '../mean_image', which is no name"),
+        ('"class_name": "', '"class_name": "\\n\\u001b[2J', "[2J"),
+        ("{", "{" * 100_000, "is no submission (JSONDecodeError"),
+        ("{", "[" * 100_000, "is no submission ("),
+        ("{", "\udcff", "is no submission (UnicodeDecodeError"),
+        ("{", "[]", "is no submission (JSONDecodeError"),
+    ],
+    ids=map(str, range(16)),
+)
+def test_what_no_run_writes_is_refused_in_a_line(made, tmp_path, capsys, old, new, said) -> None:
+    text = (made.folder / "mean_image.json").read_text()
+    assert old in text
+    (tmp_path / "edited.json").write_bytes(text.replace(old, new).encode(errors="surrogateescape"))
+    assert cli.check_submission([str(tmp_path / "edited.json"), "--scores", str(made.scores)]) == cli.FAILED
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1 and "edited.json" in err and "\x1b" not in err
+
+
+def test_what_is_no_file_stops_no_other(made, tmp_path, capsys) -> None:
+    names = [tmp_path / name for name in ("folder", "pipe", "nothing", "loop", "empty", "half", "list")]
+    folder, pipe, _, loop, empty, half, listed = names
+    folder.mkdir()
+    os.mkfifo(pipe)
+    loop.symlink_to(loop)
+    empty.write_text("")
+    half.write_bytes((made.folder / "knn.json").read_bytes()[:3000])
+    listed.write_text("[]")
+    (tmp_path / "link.json").symlink_to(made.folder / "knn.json")
+    asked = [*map(str, names), str(tmp_path / "link.json")]
+    assert cli.check_submission([*asked, "--runs", str(made.runs)]) == cli.FAILED
+    told = capsys.readouterr()
+    assert told.err.count("\n") == told.err.count("is no submission") == len(names)
+    assert told.out.count("verified") == 1
+
+
+# Committed ----------------------------------------------------------------------------------------------------------
+
+
+def test_an_archive_gives_the_submissions_of_its_runs(made, tmp_path, capsys) -> None:
+    asked = [str(made.scores), "--submission", str(tmp_path / "from scores")]
+    assert cli.report(asked) == 0
+    assert cli.report([str(made.runs), "--submission", str(tmp_path / "from runs")]) == 0
+    files = sorted(path.name for path in (tmp_path / "from scores").iterdir())
+    assert [name.rpartition("-")[0] for name in files] == ["knn-own-official", "mean_image-own-official"]
+    for name in files:
+        one, two = (json.loads((tmp_path / folder / name).read_text()) for folder in ("from scores", "from runs"))
+        assert one == two
+    capsys.readouterr()
+    changed = altered(made.scores, tmp_path / "y.npz", path_of("knn", 0, 0, made.runs))
+    assert cli.report([str(changed), "--submission", str(tmp_path / "others")]) == cli.MISTAKE
+    assert "others than the run wrote" in capsys.readouterr().err and not (tmp_path / "others").exists()
+
+
+def test_methods_with_holes_are_named_and_the_others_written(made, tmp_path, capsys) -> None:
+    shutil.copytree(made.runs, tmp_path / "runs")
+    shutil.rmtree(tmp_path / "runs" / path_of("knn", 1, 0, made.runs))
+    asked = [str(tmp_path / "runs"), "--submission", str(tmp_path / "all")]
+    assert cli.report(asked) == 0
+    told = capsys.readouterr()
+    assert "not written: knn [split.val_share=0.5] on own · official: seed 0 has 2 of 3 classes" in told.err
+    assert told.out.count("written: ") == len(list((tmp_path / "all").iterdir())) == 1
+    shutil.rmtree(tmp_path / "runs/mean_image")
+    assert cli.report(asked) == cli.MISTAKE
+    assert "no method has all that a submission needs" in capsys.readouterr().err
+
+
+ARCHIVES = sorted(EXPERIMENTS.glob("*/scores.npz"))
+
+
+def test_submissions_are_where_scores_are() -> None:
+    submitted = {file.parent.parent for file in EXPERIMENTS.glob("*/submissions/*.json")}
+    assert len(submitted) >= 4 and submitted <= {file.parent for file in ARCHIVES}
+
+
+@pytest.mark.parametrize("file", ARCHIVES, ids=lambda file: file.parent.name)
+def test_committed_submissions_are_those_of_the_archive_and_verified(file: Path, tmp_path: Path) -> None:
+    """To mend it: anomaly-lab-report experiments/NAME/scores.npz --submission experiments/NAME/submissions."""
+    made_now = dict(submission.write_each(submission.entries(file), tmp_path))
+    kept = {path.name: json.loads(path.read_text()) for path in file.parent.glob("submissions/*.json")}
+    assert kept == {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    for path, said in made_now.items():
+        assert (path.name in kept) != (isinstance(said, str) and "classes: run the others" in said), said
+
+
+def test_a_change_that_was_planted_in_a_committed_submission_stops_the_site(tmp_path: Path) -> None:
+    shutil.copytree(EXPERIMENTS / "beyond_coil100", tmp_path / "page", ignore=shutil.ignore_patterns("figures"))
+    assert len(submission.read_pages(tmp_path)) == 4
+    file = sorted(tmp_path.glob("page/submissions/*.json"))[0]
+    content = json.loads(file.read_text())
+    content["runs"][0]["row"]["auroc"] = 0.5
+    content |= submission.summary(content["runs"])  # a head that agrees with it
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"knn-coil100-coil\.json: .* says auroc 0\.5, its run "):
+        submission.read_pages(tmp_path)
+    file.unlink()
+    (tmp_path / "page/scores.npz").unlink()
+    with pytest.raises(ValueError, match="is no archive of scores"):
+        submission.read_pages(tmp_path)
