@@ -3,8 +3,8 @@ BIN := .venv/bin
 
 # Two processes share the tests (make test WORKERS=8: eight); each takes about 1 GB and its share of the cores.
 WORKERS ?= 2
-# Slow tests wait a third of their time, for Slurm, for signals and for workers: one process more fills the cores.
-SLOW_WORKERS ?= $(shell expr $(WORKERS) + 1)
+# Slow tests wait half of their time, for Slurm, for signals and for workers: twice as many processes fill the cores.
+ALL_WORKERS ?= $(shell expr $(WORKERS) \* 2)
 PYTEST := $(BIN)/python -m pytest --dist worksteal --durations 15 --numprocesses
 
 .DEFAULT_GOAL := help
@@ -35,7 +35,7 @@ test: install ## run the tests but the slow ones; real data in ANOMALY_LAB_DATA 
 # committed results and their commands composed anew, the site and its links, stopped runs in another memory layout, replayed
 # steps of all methods but one, methods trained until they detect.
 test-slow: install ## run the tests that `make test` leaves out
-	$(PYTEST) $(SLOW_WORKERS) -m slow
+	$(PYTEST) $(ALL_WORKERS) -m slow
 
 # One process: a Ray and its workers are at work for each test.
 test-ray: $(BIN)/.ray ## run the tests that start a real Ray, and install it for them
@@ -46,7 +46,9 @@ $(BIN)/.ray: $(BIN)/.installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[ray]'
 	touch $@
 
-test-all: test test-slow test-ray ## run every test, each once
+# In one go: the fast tests fill the cores while slow ones wait, which is five minutes less than one after the other.
+test-all: $(BIN)/.ray ## run every test, each once
+	$(PYTEST) $(ALL_WORKERS)
 
 soak: install ## kill sweeps 60 times and compare what they end with: docs/soak.md (a quarter of an hour)
 	$(BIN)/python tests/soak.py --kills 60 --commands 6 --out docs/soak.json --page docs/soak.md

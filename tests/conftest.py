@@ -3,6 +3,7 @@ are slow and noisy), and what lets tests be dealt out to several workers in any 
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import random
@@ -77,10 +78,33 @@ def _figures_where_a_test_asks_for_them(request: pytest.FixtureRequest) -> Itera
         yield
 
 
-def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if " object at 0x" in item.nodeid:
             raise pytest.UsageError(f"{item.nodeid} has another name in every process: give parametrize its ids=")
+    workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    if workers > 1:
+        waiting = shares([item for item in items if waits(item)], workers)
+        others = shares([item for item in items if not waits(item)], workers)
+        items[:] = [item for share in zip(waiting, others, strict=True) for half in share for item in half]
+
+
+def waits(item: pytest.Item) -> bool:
+    """Whether a test starts clusters, processes or trainings, as far as its marks say."""
+    return any(item.get_closest_marker(mark) for mark in ("slow", "ray"))
+
+
+def shares(items: Sequence[pytest.Item], workers: int) -> list[list[pytest.Item]]:
+    """Tests in as many shares of one size, a file's in one share: its cluster starts once.
+
+    ``--dist worksteal`` deals each worker one stretch of all tests; a worker that is done takes from another's end.
+    Tests that wait come first in each: the cores have others to do meanwhile, and none of them is left to the end.
+    """
+    dealt: list[list[pytest.Item]] = [[] for _ in range(workers)]
+    files = [list(tests) for _, tests in itertools.groupby(items, lambda item: item.path)]
+    for tests in sorted(files, key=len, reverse=True):
+        min(dealt, key=len).extend(tests)
+    return dealt
 
 
 @pytest.fixture(scope="session")

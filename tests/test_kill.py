@@ -14,6 +14,7 @@ SOAK = Path(__file__).parent / "soak.py"
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(2400)  # a busy machine is no failure
 def test_a_sweep_killed_at_any_moment_ends_with_the_same_bits(tmp_path: Path) -> None:
     if not os.path.isdir("/dev/shm"):
         pytest.skip("no /dev/shm: a second file system is needed")
