@@ -43,7 +43,7 @@ def fitted(model: str) -> predict.FittedDetector:
     generator = torch.Generator().manual_seed(1)
     for buffer in (b for name, b in detector.named_buffers() if name.endswith(("running_mean", "running_var"))):
         buffer.copy_(0.5 + torch.rand(buffer.shape, generator=generator))
-    detector._images = SimpleNamespace(everything=lambda: SimpleNamespace(x=x))  # type: ignore[assignment]
+    detector._images = SimpleNamespace(everything=lambda: SimpleNamespace(x=x, index=torch.arange(len(x))))  # type: ignore[assignment]
     with torch.no_grad():
         detector.before_fit(x)
         detector.after_fit(x)
@@ -109,6 +109,19 @@ def test_a_file_that_would_score_otherwise_is_not_written(made, tmp_path, monkey
     assert cli.export([str(made.out), "--out", str(tmp_path / "model.onnx")]) == cli.FAILED
     err = capsys.readouterr().err
     assert "cannot be exported: its scores in ONNX Runtime are up to" in err and err.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_difference_as_large_as_the_scores_is_too_large_however_small(made, tmp_path, monkeypatch) -> None:
+    loaded = predict.load_run(made.out)
+    score = loaded.detector.score
+    monkeypatch.setattr(loaded.detector, "score", lambda x: 1e-7 * score(x))  # all of them below the tolerance
+    made_now = export.export(loaded, tmp_path / "model.onnx")
+    assert made_now.difference < export.OF_SPREAD * made_now.spread < export.TOLERANCE
+    (tmp_path / "model.onnx").unlink()
+    monkeypatch.setattr(loaded.detector, "score", lambda x: 1e-7 * (score(x) + torch.rand(x.shape[0])))
+    with pytest.raises(export.RunFailed, match="its scores in ONNX Runtime are up to"):
+        export.export(loaded, tmp_path / "model.onnx")
     assert not list(tmp_path.iterdir())
 
 

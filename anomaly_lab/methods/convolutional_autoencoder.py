@@ -103,7 +103,7 @@ class LeNetDecoder(nn.Module):
 
     def forward(self, z: Tensor) -> Tensor:
         """(B,d) -> (B,C,S,S) in (0, 1)"""
-        h = F.leaky_relu(z.view(len(z), -1, 4, 4))
+        h = F.leaky_relu(z.view(z.shape[0], -1, 4, 4))
         last = len(self.convolutions) - 1
         for position, convolution in enumerate(self.convolutions):
             if position >= self.plain:

@@ -86,4 +86,4 @@ def normalised(x: Tensor) -> Tensor:
     """Images divided by their 2-norm, then centred: (B,C,S,S) -> (B,C,P)."""
     flat = x.flatten(1)
     flat = flat / flat.norm(dim=1, keepdim=True).clamp(min=torch.finfo(x.dtype).tiny)
-    return (flat - flat.mean(1, keepdim=True)).view(len(x), x.shape[1], -1)
+    return (flat - flat.mean(1, keepdim=True)).view(x.shape[0], x.shape[1], -1)
