@@ -223,7 +223,7 @@ ALLOWED = {
     "scattering": set(),
     "slurm": {"errors", "files", "record"},
     "status": {"files", "record", "results", "slurm"},
-    "submission": {"archive", "files", "record", "results"},
+    "submission": {"archive", "errors", "files", "record", "results"},
     "tables": {"results"},
     "report": {"files", "results", "status", "tables"},
     "ranking": {"files", "report", "results", "tables"},
