@@ -471,29 +471,28 @@ def _refuse_unequal(frame: pd.DataFrame, keys: Sequence[str], column: str, what:
             )
 
 
-OTHER_PROCESSOR = 0.02
-"""How far two AUROCs of one run may lie apart. Processors add in different orders, and training amplifies the last bit:
-one commit gave an autoencoder's ten digits of MNIST on two processors with differences up to .010."""
-
-
 def union(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
     """The runs of all frames, each once, in their order; the column ``sources`` has the names of those that hold it.
 
+    Results of several devices differ, as `measure.processor` says, and none of them is wrong: that of the first frame
+    counts, and the others are not its sources. Results of one device are equal to six digits.
+
     Args:
-        frames: of `read`, `read_csv` or `submission.frame`, by name. Of the same run, the row that says most is kept.
+        frames: of `read`, `read_csv` or `submission.frame`, by name. Of equal results the row that says most is kept.
 
     Raises:
-        ValueError: one run has two results further apart than processors make them, or runs that share a name were made
-            of other images or settings.
+        ValueError: one run has two results of one device, or runs that share a name were made of other images or
+            settings.
     """
     import pandas as pd
 
     plain = [column.name for column in COLUMNS] + ["label", "problem"]  # frames differ in their parameters
     runs = pd.concat([frame[plain].assign(source=name) for name, frame in frames.items()], ignore_index=True)
     key = ["dataset", "split", "label", "normal_class", "seed"]
-    for (*_, label, _, _), same in runs[runs.duplicated(key, keep=False)].groupby(key):
-        if same["auroc"].max() - same["auroc"].min() > OTHER_PROCESSOR:
+    for (*_, label, _, _, _), same in runs[runs.duplicated(key, keep=False)].groupby([*key, "device"]):
+        if same["auroc"].map(csv_cell).nunique() > 1:  # a results.csv has six digits, a submission all
             raise ValueError(f"{label} has two results in {' and '.join(same['source'])}: make the older one again")
+    runs = runs[runs["device"] == runs.groupby(key)["device"].transform("first")]
     runs["sources"] = runs.groupby(key)["source"].transform(lambda names: [tuple(names)] * len(names))
     fullest = runs.assign(known=runs.notna().sum(axis=1)).sort_values("known", ascending=False, kind="stable")
     runs = fullest.drop_duplicates(key).drop(columns=["known", "source"]).sort_index()

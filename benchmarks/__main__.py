@@ -25,6 +25,7 @@ import torch
 
 from anomaly_lab import config, switches
 from anomaly_lab.files import write_atomically
+from anomaly_lab.measure import processor
 
 SECTIONS = ("machine", "training", "peers", "shallow", "counts", "scoring", "growth", "startup", "abreast")
 """Modules of `benchmarks`, each with ``measure(device, quick)``, in the order in which they are measured."""
@@ -39,7 +40,7 @@ def header(device: str) -> dict[str, Any]:
     """What the figures were measured on."""
     found = {name: _version(name) for name in PACKAGES}
     about: dict[str, Any] = {
-        "cpu": _cpu(),
+        "cpu": f"{len(os.sched_getaffinity(0))} × {processor()}",
         "versions": {"python": platform.python_version()} | {k: v for k, v in found.items() if v is not None},
     }
     if device == "gpu":
@@ -52,15 +53,6 @@ def _version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
-
-
-def _cpu() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{len(os.sched_getaffinity(0))} × {names[0]}" if names else platform.processor()
 
 
 def replaced(rows: Sequence[Mapping[str, Any]], column: str, part: str, new: Sequence[Any]) -> list[Mapping[str, Any]]:

@@ -22,6 +22,7 @@ from omegaconf import DictConfig
 from anomaly_lab import config, metrics
 from anomaly_lab.course import Diverged
 from anomaly_lab.files import write_atomically
+from anomaly_lab.measure import processor
 from anomaly_lab.run import run
 from anomaly_lab.splits import Pooled
 
@@ -87,6 +88,12 @@ def test_a_run_writes_what_the_design_says(finished: tuple[DictConfig, dict[str,
     assert result["versions"]["torch"] == torch.__version__.split("+")[0]
     assert (result["config"]["choices"]["model"], result["config"]["size"]) == ("shared_ae", "small")
     assert result["classes"] == 10
+    kernels = torch.backends.cpu.get_cpu_capability()
+    assert (
+        result["device"] == processor()
+        and result["device"].endswith(f", {kernels}")
+        and len(result["device"]) > len(kernels) + 2
+    )
 
 
 def test_metrics_are_those_of_the_written_scores(finished: tuple[DictConfig, dict[str, Any], Weights]) -> None:

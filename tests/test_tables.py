@@ -223,13 +223,21 @@ def test_overview_compares_means_over_all_classes_only(runs: Runs) -> None:
 
 def test_overview_refuses_one_run_with_two_results(runs: Runs, tmp_path: Path) -> None:
     runs.add(0.9)
-    near, other = Runs(tmp_path / "near"), Runs(tmp_path / "other")
-    near.add(0.91)  # another processor's
-    other.add(0.93)
-    [entry] = tables.overview({"one": results.read(runs.root), "two": results.read(near.root)})
-    assert entry.mean.mean == pytest.approx(0.9)
+    other = Runs(tmp_path / "other")
+    other.add(0.91)
     with pytest.raises(ValueError, match=r"autoencoder_small has two results in one and two: make the older one again"):
         tables.overview({"one": results.read(runs.root), "two": results.read(other.root)})
+
+
+def test_results_of_two_devices_may_differ_and_the_submitted_one_counts(runs: Runs, tmp_path: Path) -> None:
+    runs.add(0.9)
+    other = Runs(tmp_path / "other")
+    other.add(0.91, more={"device": "AMD EPYC, AVX2"})
+    page, submitted = {"one": results.read(runs.root)}, {"two": results.read(other.root)}
+    [entry] = tables.overview(page, submitted)
+    assert (entry.mean.mean, entry.sources, entry.submissions, entry.verified) == (pytest.approx(0.91), (), ("two",), 1)
+    [entry] = tables.overview(page | submitted)
+    assert (entry.mean.mean, entry.sources, entry.verified) == (pytest.approx(0.9), ("one",), 0)
 
 
 def test_overview_takes_a_run_at_full_precision_for_its_six_digits(runs: Runs, tmp_path: Path) -> None:
