@@ -512,7 +512,7 @@ def _provenance(frame: pd.DataFrame) -> str:
     if not len(frame):
         return "No finished runs."
     shas = ", ".join(sorted({sha or "unknown" for sha in frame["git_sha"]}))
-    devices = ", ".join(sorted({device or "unknown" for device in frame["device"]}))
+    devices = " and ".join(sorted({device or "unknown" for device in frame["device"]}))
     hours = frame["seconds"].sum() / 3600
     text = f"{len(frame)} run{'s' if len(frame) > 1 else ''}, {hours:.1f} hours in all, on {devices}; code {shas}"
     resumed = [sha for shas in frame["earlier_code"] for sha in shas.split()]
