@@ -271,10 +271,10 @@ def test_a_sweep_goes_on_beside_a_failure_and_a_repeated_one_makes_only_what_is_
     assert len(failures) == 2 and all(line.startswith("Diverged: ") for line in failures)
 
     good = grid.replace(",1e30", "").replace(",99", "")
-    before = written(Path("runs/shared_ae_small"))
+    before = written(Path("runs/shared_ae_50_small"))
     code, out, err = lab(good)
     assert (code, err, out.count("(done before)"), out.splitlines()[-1]) == (0, "", 2, "2 runs: 2 done")
-    assert written(Path("runs/shared_ae_small")) == before
+    assert written(Path("runs/shared_ae_50_small")) == before
 
     lost, kept = sorted(Path("runs").rglob("result.json"))
     lost.unlink()

@@ -175,7 +175,7 @@ def test_a_read_only_folder_is_one_line_and_what_is_done_there_is_still_read(
         assert (code, out) == (cli.FAILED, "") and err.count("\n") == 1 and "read-only" in err
         assert cli.report(["mount"]) == cli.FAILED
         out, err = capfd.readouterr()
-        assert "`shared_ae_small [" in out and "| 1.0" not in err and err.endswith("with --out DIR\n")
+        assert "`shared_ae_50_small [" in out and "| 1.0" not in err and err.endswith("with --out DIR\n")
         assert cli.report(["mount", "--out", "report"]) == 0
     finally:
         subprocess.run(["umount", "--lazy", str(target)], check=True)
@@ -241,13 +241,13 @@ def test_a_data_cache_damaged_since_is_one_line_and_nothing_is_trained_on_it(lab
     code, out, err = lab("data_dir=mine normal_class=1")
     assert code == cli.MISTAKE and out == "" and err.count("\n") == 1
     assert "mine/digits.npz is damaged or unreadable" in err and "delete it and run `anomaly-lab-data download" in err
-    assert not (tmp_path / "runs/shared_ae_small/digits/pooled/n1").exists()
+    assert not (tmp_path / "runs/shared_ae_50_small/digits/pooled/n1").exists()
 
 
 def test_what_killed_processes_left_is_cleaned_up_and_blocks_nothing(tmp_path: Path, data: Path) -> None:
     cfg = tiny(tmp_path / "runs", tmp_path / "data", "model.budget.epochs=1")
     (tmp_path / "data").mkdir()
-    out = tmp_path / "runs/shared_ae_small/digits/pooled/n0"
+    out = tmp_path / "runs/shared_ae_50_small/digits/pooled/n0"
     left = [tmp_path / "data/.digits.npz.0123abcd.part"]
     config._images.cache_clear()
     left[0].write_bytes(b"half")

@@ -105,7 +105,7 @@ def test_a_sweep_goes_on_after_a_failure_counts_it_and_tries_it_again(lab: Comma
     assert code == cli.FAILED
     first, *_, counts, advice = out.splitlines()
     assert re.fullmatch(
-        r"shared_ae_small  digits  pooled  normal 0  seed 0  AUROC \d\.\d{3}  \d+ s  .*lr=0\.0001.*", first
+        r"shared_ae_50_small  digits  pooled  normal 0  seed 0  AUROC \d\.\d{3}  \d+ s  .*lr=0\.0001.*", first
     )
     assert counts == "4 runs: 1 done, 3 failed" and "tries again" in advice
     assert sum(line.startswith("failed: ") for line in err.splitlines()) == 3
@@ -182,7 +182,7 @@ def test_a_terminated_process_says_so_and_the_same_command_goes_on(tmp_path: Pat
 
 def test_a_run_that_another_process_makes_is_left_to_it(lab: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("anomaly_lab.run.run", lambda cfg: None)
-    assert "left to the process that is busy with it: runs/shared_ae_small" in lab(TINY).err
+    assert "left to the process that is busy with it: runs/shared_ae_50_small" in lab(TINY).err
 
 
 def test_a_dry_run_counts_estimates_and_does_nothing(lab: Command) -> None:
@@ -201,7 +201,7 @@ def test_a_dry_run_counts_estimates_and_does_nothing(lab: Command) -> None:
     assert [line.split()[0] for line in todo] == ["missing", "missing"] and "/n2/" in todo[0] and "/n3/" in todo[1]
     assert counts == "4 runs: 2 done, 2 to do; about 4 minutes one after another"
 
-    code, out, _ = lab(f"{TINY} seed=0,1 model=shared_ae,ede --dry-run")
+    code, out, _ = lab(f"{TINY} seed=0,1 model=shared_ae_50,ede --dry-run")
     assert out.splitlines()[-1] == (
         "4 runs: 1 done, 3 to do; about 2 minutes one after another for 1 of them; "
         "no finished run tells how long 2 of them take"

@@ -200,9 +200,9 @@ def _other_networks(run_folder: Path) -> None:
         (_without_result, "holds no finished run: give the folder with its result.json"),
         (_half_a_result, "result.json is damaged"),
         (_without_checkpoint, "has lost its last.ckpt"),
-        (_half_a_checkpoint, "does not fit this version of shared_ae_small, or is damaged"),
+        (_half_a_checkpoint, "does not fit this version of shared_ae_50_small, or is damaged"),
         (_of_another_epoch, "it is of epoch 2, the result of epoch 1"),
-        (_other_networks, "does not fit this version of shared_ae_small, or is damaged"),
+        (_other_networks, "does not fit this version of shared_ae_50_small, or is damaged"),
     ],
 )
 def test_what_is_no_finished_run_is_said_in_one_line(made, tmp_path, harm, message) -> None:

@@ -111,8 +111,8 @@ def test_a_planned_run_has_the_names_it_will_be_shown_under(data: Path, monkeypa
     changed = ["model.detector.latent_size=8", "split.contamination.rate=0.1"]
     run = results.planned(config.job(config.compose([*changed, "normal_class=3", "seed=1"])))
     assert run == {
-        "model": "shared_ae_small",
-        "method": "shared_ae",
+        "model": "shared_ae_50_small",
+        "method": "shared_ae_50",
         "size": "small",
         "published_as": "shared_ae",
         "pretrained": "",
@@ -122,7 +122,7 @@ def test_a_planned_run_has_the_names_it_will_be_shown_under(data: Path, monkeypa
         "normal_class": 3,
         "seed": 1,
         "changed": " ".join(changed),
-        "label": f"shared_ae_small [{', '.join(changed)}]",
+        "label": f"shared_ae_50_small [{', '.join(changed)}]",
         "problem": "split.contamination.rate=0.1",
     }
 

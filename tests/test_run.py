@@ -77,7 +77,7 @@ def scores(cfg: DictConfig) -> dict[str, np.ndarray]:
 def test_a_run_writes_what_the_design_says(finished: tuple[DictConfig, dict[str, Any], Weights]) -> None:
     cfg, result, _ = finished
     out = config.job(cfg).out
-    assert out.relative_to(cfg.runs).parts[:4] == ("shared_ae_small", "digits", "pooled", "n3")
+    assert out.relative_to(cfg.runs).parts[:4] == ("shared_ae_50_small", "digits", "pooled", "n3")
     assert json.loads((out / "result.json").read_text()) == result
     names = {path.name for path in out.iterdir()}
     assert names >= {"result.json", "scores.npz", "last.ckpt", "metrics.csv", "figures"}
@@ -86,7 +86,7 @@ def test_a_run_writes_what_the_design_says(finished: tuple[DictConfig, dict[str,
     assert figures == {"roc.png", "scores.png", "reconstructions.png", "training.png"}
     assert result["epochs"] == 4 and result["steps"] == 12 and len(result["history"]) == 4
     assert result["versions"]["torch"] == torch.__version__.split("+")[0]
-    assert (result["config"]["choices"]["model"], result["config"]["size"]) == ("shared_ae", "small")
+    assert (result["config"]["choices"]["model"], result["config"]["size"]) == ("shared_ae_50", "small")
     assert result["classes"] == 10
     kernels = torch.backends.cpu.get_cpu_capability()
     assert (
@@ -303,7 +303,7 @@ def test_mistakes_get_one_line_that_says_what_to_do(tmp_path: Path, overrides: l
 def test_the_abnormal_class_is_named_with_one_abnormal(tmp_path: Path) -> None:
     result = run(tiny(tmp_path / "runs", "split=one_abnormal", "abnormal_class=3", "model.budget.epochs=1"))
     assert result is not None and result["role"] == "abnormal" and result["class_name"] == "3"
-    assert (tmp_path / "runs/shared_ae_small/digits/one_abnormal/a3").is_dir()
+    assert (tmp_path / "runs/shared_ae_50_small/digits/one_abnormal/a3").is_dir()
 
 
 TOY = """

@@ -44,7 +44,8 @@ def test_a_search_minimises_val_score_and_given_again_proposes_the_same_points(l
     assert found[best["best_params"]["model.optimizer.lr"]] == best["best_value"]
     *lines, summary, counts = out.splitlines()
     assert sum("AUROC" in line for line in lines) == 4
-    assert summary.startswith(f"lowest val_score: {best['best_value']:.6g}  runs/shared_ae_small/digits/pooled/n0/s0-")
+    shown = f"lowest val_score: {best['best_value']:.6g}  runs/shared_ae_50_small/digits/pooled/n0/s0-"
+    assert summary.startswith(shown)
     assert f"model.optimizer.lr={best['best_params']['model.optimizer.lr']}" in summary
     assert counts == "4 runs: 4 done"
     assert not list(Path("runs").glob(".sweep-*"))
