@@ -370,7 +370,7 @@ def reduced(cfg: DictConfig) -> bool:
     """
     _, has_sizes = _defaults_of(cfg)
     rest = tuple(cfg.choices[group] for group in GROUPS[1:])
-    sized = (_defaults(_size(cfg), (name, *rest))[1] for name in cfg.model.get("members") or [])
+    sized = (_defaults(_size(cfg), (name, *rest))[1] for name in _named_members(cfg))
     return (has_sizes or any(sized)) and _size(cfg) == "small"
 
 
@@ -660,14 +660,30 @@ def caution(job: Job) -> str | None:
     return f"split.contamination.rate={rate}: most of the training images ({rate:.0%}) are anomalies, and none is known"
 
 
+def _named_members(cfg: DictConfig) -> list[str]:
+    """The models whose scores the run ``cfg`` adds up; none where it has a detector of its own.
+
+    Raises:
+        ValueError: neither a detector nor different models are named, or both.
+    """
+    own, names = cfg.model.get("detector"), cfg.model.get("members")
+    if own is not None and not names:
+        return []
+    if own is not None or not OmegaConf.is_list(names) or not 1 < len(set(names)) == len(names):
+        raise ValueError(
+            f"model.members={names}: name at least two different models: model=fused 'model.members=[pca,knn]'"
+        )
+    return list(names)
+
+
 def members(cfg: DictConfig) -> list[Job]:
     """The runs whose scores the run ``cfg`` adds up; none where it has a detector of its own.
 
     Raises:
-        ValueError: one of them is itself made of others.
+        ValueError: see `_named_members`; or one of them is itself made of others.
     """
     found = []
-    for name in cfg.model.get("members") or []:
+    for name in _named_members(cfg):
         groups = [f"{group}={cfg.choices[group]}" for group in GROUPS if group != "model"]
         member = compose([f"model={name}", f"size={cfg.size}", *groups])
         if member.model.members:

@@ -313,8 +313,11 @@ class WatchTest(Callback):
         return [{**row, **self._seen.get(int(row["epoch"]), {})} for row in history]
 
 
-def draw(detector: Detector, data: OneClassData, score: np.ndarray, result: Mapping[str, Any], folder: Path) -> None:
-    """Write the run's pictures: curves and histograms of ``score`` (M,) and ``result``, reconstructions of examples."""
+def draw(
+    detector: Detector | None, data: OneClassData, score: np.ndarray, result: Mapping[str, Any], folder: Path
+) -> None:
+    """Write the run's pictures: curves and histograms of ``score`` (M,) and ``result``, and examples, with what
+    ``detector`` makes of them; a run made of others has none."""
     identity, measured, truth = result["identity"], result["metrics"], data.partition.test_truth
     title = f"{identity['model']}, {identity['dataset']} {identity['split']}, {result['role']}: {result['class_name']}"
     interval = (measured["auroc_low"], measured["auroc_high"])
@@ -333,10 +336,13 @@ def draw(detector: Detector, data: OneClassData, score: np.ndarray, result: Mapp
             captions += [f"{name} images, {end}"] * count
     if not chosen:
         return
-    x = data.prepared("test", chosen).to(detector.device)
-    with torch.no_grad():
-        maps = detector.anomaly_map(x)
-        reconstruction = detector.reconstruct(x) if data.prepare.features is None else None  # of features: no picture
+    maps = reconstruction = None
+    if detector is not None:
+        x = data.prepared("test", chosen).to(detector.device)
+        with torch.no_grad():
+            maps = detector.anomaly_map(x)
+            if data.prepare.features is None:  # of features: no picture
+                reconstruction = detector.reconstruct(x)
     grid = figures.reconstruction_grid(
         data.displayable("test", chosen).numpy(),
         None if reconstruction is None else data.prepare.displayable(reconstruction).cpu().numpy(),

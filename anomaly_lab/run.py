@@ -249,6 +249,7 @@ def _fuse(job: Job, members: Sequence[Job], tracker: tracking.Tracker, lock: Loc
         **{"epochs": 0, "steps": 0, "history": []},
     }
     tracker.start([])
+    draw(None, data, sums["score"], result, job.out / "figures")
     tracker.publish(result, job.out / "figures", arrays)
     (job.out / record.FAILURE).unlink(missing_ok=True)
     write_json(job.out / "result.json", result)

@@ -47,6 +47,8 @@ def test_a_fused_run_adds_its_members_surprise_and_makes_those_that_are_missing(
     }
     assert result["metrics"]["auroc"] > min(result["by_term"].values())
     assert len(result["by_kind"]["auroc"]) == 9
+    drawn = sorted(path.name for path in (config.job(cfg).out / "figures").iterdir())
+    assert drawn == ["reconstructions.png", "roc.png", "scores.png"]
     assert run(cfg) == result, "it is not made twice"
     with pytest.raises(ValueError, match=r"members=\['mean_image', 'pca'\] scored and has no detector of its own"):
         load_run(config.job(cfg).out)
@@ -90,3 +92,8 @@ def test_what_cannot_be_a_member_is_said(tmp_path: Path) -> None:
         run(fused(tmp_path, members="[pca,fused]"))
     with pytest.raises(Exception, match="nowhere"):
         run(fused(tmp_path, members="[nowhere]"))
+    for some in ("null", "[]", "pca", "[pca]", "[pca,pca]"):
+        with pytest.raises(ValueError, match=r"model.members=.*: name at least two different models"):
+            run(fused(tmp_path, members=some))
+    with pytest.raises(ValueError, match="name at least two different models: model=fused"):
+        run(fused(tmp_path, "model=knn"))
