@@ -26,6 +26,7 @@ def scores(folder: Path) -> dict[str, np.ndarray]:
         return dict(file)
 
 
+@pytest.mark.drawn
 def test_a_fused_run_adds_its_members_surprise_and_makes_those_that_are_missing(tmp_path: Path) -> None:
     cfg = fused(tmp_path)
     pca, mean = (job for job in reversed(config.members(cfg)))
