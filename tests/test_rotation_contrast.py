@@ -104,6 +104,16 @@ def test_what_it_cannot_do_is_said(override: str, message: str) -> None:
         made(f"model.detector.{override}")
 
 
+def test_it_runs_in_the_precision_that_its_yaml_recommends(tmp_path: Path) -> None:
+    """The command in the yaml asks for bf16-mixed, in which the contrast alone is in float32."""
+    where = [f"runs={tmp_path}", f"data_dir={tmp_path}", "trainer.progress=false", "logger=none", "normal_class=1"]
+    tiny = ["model.input.size=16", "model.detector.width=4", "model.detector.crops=1", "split.max_train=40"]
+    tiny += ["split.max_test=20", "model.budget.epochs=1", "model.budget.epoch_steps=2", "trainer.precision=bf16-mixed"]
+    made = run(config.compose(["model=rotation_contrast", *tiny, *where]))
+    assert made is not None and made["images_per_second"] > 0 and made["peak_memory_mb"] > 0
+    assert 0 <= made["metrics"]["auroc"] <= 1 and made["learned"]["distinct_scores"] > 10
+
+
 @pytest.mark.slow
 def test_a_short_training_tells_rotations_and_ones(tmp_path: Path) -> None:
     """A smoke test: the losses fall and the score is above that of the mean image; no claim about any table."""

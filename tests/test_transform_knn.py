@@ -116,3 +116,12 @@ def test_it_learns_ones_better_than_the_mean_image(tmp_path: Path) -> None:
     assert mean is not None and learned is not None
     assert learned["history"][-1]["loss_classified"] < 0.85 * math.log(20)
     assert learned["metrics"]["auroc"] > mean["metrics"]["auroc"] + 0.05
+
+
+def test_it_runs_in_bfloat16(tmp_path: Path) -> None:
+    """The running centres stay in float32."""
+    where = [f"runs={tmp_path}", f"data_dir={tmp_path}", "trainer.progress=false", "logger=none", "normal_class=1"]
+    tiny = ["model.detector.width=4", "split.max_train=60", "split.max_test=30", "model.budget.epochs=1"]
+    tiny += ["model.budget.epoch_steps=2", "trainer.precision=bf16-mixed"]
+    made = run(config.compose(["model=transform_knn", *tiny, *where]))
+    assert made is not None and made["learned"]["distinct_scores"] > 10

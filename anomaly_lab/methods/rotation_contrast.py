@@ -128,7 +128,7 @@ class RotationContrast(Balanced):
         views = torch.cat([self.augmented(batch.x), self.augmented(batch.x)])  # (VB,C,S,S)
         f = self.network(turned(views).flatten(0, 1))  # (M,F), by rotation, then view, then image
         with torch.autocast(f.device.type, enabled=False):  # a product in bfloat16 has no three digits
-            inliers, outliers = contrast(F.normalize(self.head(f).float(), dim=1), self.temperature)
+            inliers, outliers = contrast(F.normalize(self.head(f.float()), dim=1), self.temperature)
         done = torch.arange(ROTATIONS, device=f.device).repeat_interleave(len(views))
         rotation = F.cross_entropy(self.rotation(f), done)
         yield {"network": inliers + outliers + rotation}

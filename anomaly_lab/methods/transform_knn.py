@@ -114,7 +114,7 @@ class TransformKNN(Balanced):
         margin = F.relu(1 + (distance * own).sum(2) - others).mean()
         yield {"classifier": classified + self.margin_weight * margin + 1e-3 * h.square().sum(2).mean()}
         rate = (1 / (self.steps_done + 1)).clamp_min(CENTRE_RATE)  # the first batch stands alone
-        self.centres.lerp_(h.detach().mean(1), rate)
+        self.centres.lerp_(h.detach().float().mean(1), rate)
         self.record("loss_classified", classified)
         self.record("loss_margin", margin)
 
