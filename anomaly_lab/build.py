@@ -142,7 +142,8 @@ def epochs(cfg: DictConfig, data: OneClassData) -> int:
         return 0
     budget, stages = cfg.model.budget, _stages(cfg)
     if (budget.epochs is not None) + (budget.steps is not None) + bool(stages) > 1:
-        raise ValueError("give model.budget one of epochs, steps and stages, and null for the others")
+        each = f"; of stages, change model.budget.stages.{next(iter(stages))} and the like" if stages else ""
+        raise ValueError(f"give model.budget one of epochs, steps and stages, and null for the others{each}")
     given = {name: budget[name] for name in ("epochs", "steps") if budget[name] is not None}
     refuse_fewer(0, "model.budget", **given)
     if stages:

@@ -280,7 +280,7 @@ def report(argv: Sequence[str] | None = None) -> int:
         raise
     except OSError as error:
         if error.errno not in UNWRITABLE:
-            return _mistake(parser.prog, str(error))
+            return _mistake(parser.prog, explained(error) or str(error))
         why = f"{error.filename} cannot be written: {UNWRITABLE[error.errno]}; name another folder with --out DIR"
         return _mistake(parser.prog, why, FAILED)
     except ValueError as error:

@@ -465,6 +465,11 @@ def _beside(dataset: str, others: tuple[str, ...]) -> Images:
 def _described(dataset: str, data_dir: str) -> str:
     cfg = compose([f"dataset={dataset}"])
     cfg.data_dir = data_dir
+    if missing := sorted(OmegaConf.missing_keys(cfg.dataset)):
+        raise ValueError(
+            f"split.anomalies={dataset} lacks {' and '.join(missing)}: put a dataset/NAME.yaml that gives them into a "
+            f"folder, name that in {EXTRA_CONFIGS}, and write split.anomalies=NAME"
+        )
     return json.dumps(OmegaConf.to_container(cfg.dataset, resolve=True, throw_on_missing=True))
 
 
@@ -507,9 +512,10 @@ def target(cfg: DictConfig) -> Target:
     for one in named if OmegaConf.is_list(named) else [named]:
         index = int(one) if type(one) is int and 0 <= one < len(classes) else None
         if index is not None and str(one) in classes and classes[index] != str(one):
+            other = classes[index]
             raise ValueError(
-                f"{role}={one} is the name of class {classes.index(str(one))} and the index of class {classes[index]}: "
-                f"""write {role}="'{one}'" or {role}={classes[index]}"""
+                f"{role}={one} is the name of class {classes.index(str(one))} and the index of class {other}: "
+                f"""write {role}="'{one}'" or {role}={f'"{chr(39)}{other}{chr(39)}"' if other.isdecimal() else other}"""
             )
     return split.resolve(images, list(named) if OmegaConf.is_list(named) else named)
 

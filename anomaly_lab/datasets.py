@@ -378,7 +378,7 @@ class COIL100(Dataset):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.size < 1 or self.native % self.size:
+        if type(self.size) is not int or self.size < 1 or self.native % self.size:
             raise ValueError(f"dataset.size={self.size} must divide {self.native}: use 128, 64, 32, 16 or 8")
 
     @property
@@ -491,10 +491,12 @@ class ImageFolder(Dataset):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.size < 1:
+        if type(self.size) is not int or self.size < 1:
             raise ValueError(f"dataset.size={self.size}: give the side of the stored images in pixels, e.g. 32")
         if self.channels not in (1, 3):
             raise ValueError(f"dataset.channels={self.channels}: use 1 (grey) or 3 (colour)")
+        if not isinstance(self.skip_broken, bool):  # "no" would be true
+            raise ValueError(f"dataset.skip_broken={self.skip_broken}: give true or false")
 
     @property
     def cache(self) -> Path:

@@ -36,6 +36,8 @@ def write_atomically(path: str | Path, write: Callable[[IO[bytes]], object]) -> 
         OSError: it cannot be written; names ``path``, whose content is unchanged.
     """
     path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder, name a file in it", str(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}.part")
     try:

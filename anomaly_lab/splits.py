@@ -27,6 +27,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
+from numbers import Real
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import numpy as np
@@ -99,7 +100,7 @@ class _Anomalies:
     key: ClassVar[str]  # of `Split`
 
     def __post_init__(self) -> None:
-        if not 0 <= self.rate < 1:
+        if not (_is_number(self.rate) and 0 <= self.rate < 1):
             raise ValueError(f"split.{self.key}.rate={self.rate} must be at least 0 and below 1")
         if self.classes is not None:
             # A config gives a list of its own kind, a command line a single name.
@@ -146,14 +147,16 @@ class Split(ABC):
             object.__setattr__(self, "contamination", Contamination(**self.contamination))
         if isinstance(self.known, Mapping):
             object.__setattr__(self, "known", Known(**self.known))
-        if not 0 < self.val_share < 1:
+        if not (_is_number(self.val_share) and 0 < self.val_share < 1):
             raise ValueError(f"split.val_share={self.val_share}: give a number between 0 and 1")
-        if self.max_train is not None and self.max_train < FEWEST_NORMALS:
-            raise ValueError(
-                f"max_train {self.max_train} is too small: give at least {FEWEST_NORMALS}, or null for all"
-            )
-        if self.max_test is not None and self.max_test < 2:
-            raise ValueError(f"max_test {self.max_test} is too small: give at least 2, or null for all")
+        for key, least, otherwise in (
+            ("max_train", FEWEST_NORMALS, "all"),
+            ("max_test", 2, "all"),
+            ("seed", 0, "the run's own"),
+        ):
+            number = getattr(self, key)
+            if number is not None and (type(number) is not int or number < least):
+                raise ValueError(f"split.{key}={number}: give a whole number from {least}, or null for {otherwise}")
 
     def __call__(self, images: Images, target: Target, seed: int) -> Partition:
         """Split `images` with class number `target`, or several, as the normal (in `one_abnormal`: the abnormal) one.
@@ -241,7 +244,7 @@ class Split(ABC):
         An int is always an index; a string is a name, or an index where no class has that name. Raises ValueError
         with the valid classes.
         """
-        if not isinstance(named, str | int):
+        if isinstance(named, Sequence) and not isinstance(named, str):
             found = tuple(sorted({one for name in named for one in _several(self.resolve(images, name))}))
             if not found:
                 raise ValueError(f"no {self.role} class is named: name one or several")
@@ -560,6 +563,11 @@ class Ood(Official):
     def _sides(self, images: Images, target: Target) -> tuple[list[int], list[int]]:
         return list(_several(target)), [images.class_names.index(name) for name in self.anomalies]
 
+    def _parts(self, images: Images, normal: list[int], anomalous: list[int], target: str, seed: int) -> _Parts:
+        if not images.is_test[np.isin(images.labels, normal)].any():  # the other data sets have a test half
+            raise ValueError(f"{images.name} has no official test half of {target}: use a data set that has")
+        return super()._parts(images, normal, anomalous, target, seed)
+
 
 def other_sets(named: str | Sequence[str]) -> tuple[str, ...]:
     """The data sets that `Ood.anomalies` names, each once, in the order of the alphabet."""
@@ -581,6 +589,11 @@ def _protocols(kind: type[Any] = Split) -> Iterator[type[Split]]:
     for child in kind.__subclasses__():
         yield child
         yield from _protocols(child)
+
+
+def _is_number(value: object) -> bool:
+    """A command line may give a text, and Python takes True for 1."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def _several(target: Target) -> tuple[int, ...]:

@@ -16,6 +16,7 @@ import time
 import traceback
 import uuid
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager, nullcontext, suppress
@@ -370,9 +371,18 @@ def _grid(jobs: Sequence[Sequence[str]], trial: Callable[[Job], None] | None = N
     """The runs of a grid; with ``trial``, which raises what a run would fail with, of those that are to do."""
     common = set[str]().union(*jobs[:1]).intersection(*jobs) if len(jobs) > 1 else set()
     queue = functools.cache(slurm.queue)
+    lacking: dict[str, Exception] = {}  # a data set that could not be fetched is not tried again for every run
     members = []
     for words, cfg in zip(jobs, map(config.compose, jobs), strict=True):
+        data = f"{cfg.dataset} {cfg.split.get('anomalies')}"
         try:
+            if data in lacking:
+                raise lacking[data]
+            try:
+                config.load_images(cfg)
+            except Exception as error:
+                lacking[data] = error
+                raise
             run = config.job(cfg)
             found = status.of(run, queue)
             if found.state == "done" and run.finished() is None:
@@ -442,8 +452,15 @@ def dry_run(overrides: Sequence[str]) -> int:
     members = _grid(config.jobs(overrides), trial)
     seconds: dict[Any, list[float]] = {}
     left = []
+    alike = Counter(one.status.detail for one in members if one.job is None)
     for one in members:
-        if one.job is not None and one.status.state == "done":
+        number = alike[one.status.detail] if one.job is None else 0
+        if number > 10:  # one line of what a whole grid lacks
+            print(f"{one.status.state:<12}{one.name} and {number - 1} others  {one.status.detail}")
+            alike[one.status.detail] = -1
+        elif number < 0:
+            continue
+        elif one.job is not None and one.status.state == "done":
             spent = json.loads((one.job.out / "result.json").read_text())["seconds"]
             seconds.setdefault(_kind(one.job), []).append(spent["fit"] + spent["score"])
         else:

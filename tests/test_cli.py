@@ -7,6 +7,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -51,6 +52,9 @@ TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 
         ("--config-dir elsewhere", "go into the folder that ANOMALY_LAB_CONF names"),
         ("normal_class=ten", "no class 'ten': choose name or index among 0 (0), 1 (1)"),
         ("normal_class=10", "no class 10: choose"),
+        ("normal_class=0.5", "no class 0.5: choose"),
+        ("'normal_class=[0,0.5]'", "no class 0.5: choose"),
+        ("split.val_share=half", "split.val_share=half: give a number between 0 and 1"),
         ("\"normal_class='café'\"", "no class 'café': choose name or index among 0 (0)"),
         ("split=official", "digits has no official test half: use split=pooled or split=one_abnormal"),
         ("split=one_abnormal normal_class=3", "write abnormal_class=3"),
@@ -62,6 +66,7 @@ TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 
         ("+model.detector.typo=1", "unexpected keyword argument 'typo'"),
         ("model.detector._target_=anomaly_lab.typo.Typo", "Error locating target 'anomaly_lab.typo.Typo'"),
         ("model.budget.steps=3", "give model.budget one of epochs, steps and stages"),
+        ("model=deep_sad model.budget.epochs=1", "of stages, change model.budget.stages."),
         ("trainer.accelerator=abacus", "You selected an invalid accelerator name"),
     ],
 )
@@ -223,6 +228,21 @@ def test_a_dry_run_lists_a_result_that_was_made_with_other_settings(lab: Command
     code, out, err = lab(f"{TINY} --dry-run")
     assert (code, err) == (cli.MISTAKE, "")
     assert "impossible" in out and "was made with model.batch_size=7 (now 64)" in out and "0 done" in out
+
+
+def test_a_dry_run_asks_once_for_images_that_are_not_there(lab: Command, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def nowhere(self: object) -> None:
+        asked.append(self)
+        raise ValueError("no network")
+
+    monkeypatch.setattr("anomaly_lab.datasets.Digits.decode", nowhere)
+    with tempfile.TemporaryDirectory() as empty:
+        said = lab(f"--dry-run {TINY} 'normal_class=range(0,10)' seed=0,1 data_dir={empty}")
+    first, counts = said.out.splitlines()
+    assert first == "impossible  normal_class=0 seed=0 and 19 others  no network" and len(asked) == 1
+    assert counts == "20 runs: 0 done, 0 to do, 20 impossible"
 
 
 def test_a_dry_run_reads_an_experiments_grid(lab: Command) -> None:

@@ -106,8 +106,9 @@ def test_a_number_that_is_one_classs_name_and_anothers_index_is_refused(tmp_path
         tmp_path / "a.npz", images=pixels, labels=labels, is_test=is_test, class_names=np.array(["1", "2", "good"])
     )
     base = ["dataset=npz", "dataset.name=own", f"dataset.path={tmp_path / 'a.npz'}"]
-    with pytest.raises(ValueError, match="normal_class=1 is the name of class 0 and the index of class 2"):
+    with pytest.raises(ValueError, match="normal_class=1 is the name of class 0 and the index of class 2") as error:
         config.target(config.compose([*base, "normal_class=1"]))
+    assert str(error.value).endswith("write normal_class=\"'1'\" or normal_class=\"'2'\""), "2 is an index as well"
     assert config.target(config.compose([*base, "normal_class='1'"])) == 0
     assert config.target(config.compose([*base, "normal_class=good"])) == 2
 

@@ -580,7 +580,9 @@ def test_a_folder_of_the_wrong_layout_is_explained(
         ({"name": "a/b"}, "dataset.name='a/b'"),
         ({"name": ""}, "dataset.name=''"),
         ({"name": "x", "size": 0}, "dataset.size=0"),
+        ({"name": "x", "size": "big"}, "dataset.size=big: give the side"),
         ({"name": "x", "channels": 2}, "dataset.channels=2"),
+        ({"name": "x", "skip_broken": "no"}, "dataset.skip_broken=no: give true or false"),
     ],
 )
 def test_impossible_options_are_refused(tmp_path: Path, options: dict[str, Any], part: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 
 from anomaly_lab import sweep
 from anomaly_lab.errors import shortened
-from anomaly_lab.files import is_locked, locked, remove_parts, take_lock
+from anomaly_lab.files import is_locked, locked, remove_parts, take_lock, write_text
 
 HOLD = """
 import sys, time
@@ -82,6 +82,12 @@ def test_what_is_printed_to_a_reader_that_has_left_goes_nowhere() -> None:
         os.close(read)
         sweep._show("a line", stream)
         sweep._show("another", stream)
+
+
+def test_a_folder_is_no_file_to_write(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match="it is a folder, name a file in it"):
+        write_text(tmp_path, "")
+    assert not list(tmp_path.parent.glob(".*.part"))
 
 
 def test_parts_of_a_given_age_go(tmp_path: Path) -> None:

@@ -503,8 +503,15 @@ def test_an_index_that_the_protocol_does_not_accept_is_refused_by_the_call_too(k
         (lambda: Contamination(1.0), r"split\.contamination\.rate=1.0 must be at least 0 and below 1"),
         (lambda: Contamination(-0.1), "rate=-0.1 must be"),
         (lambda: Contamination(float("nan")), "rate=nan must be"),
-        (lambda: Official(max_train=9), "max_train 9 is too small: give at least 10"),
-        (lambda: Official(max_test=1), "max_test 1 is too small: give at least 2"),
+        (lambda: Official(max_train=9), r"split\.max_train=9: give a whole number from 10, or null for all"),
+        (lambda: Official(max_test=1), r"split\.max_test=1: give a whole number from 2"),
+        (lambda: Official(max_test=1e3), r"split\.max_test=1000\.0: give a whole number"),
+        (lambda: Official(max_train="ten"), r"split\.max_train=ten: give a whole number"),
+        (lambda: Official(seed="abc"), r"split\.seed=abc: give a whole number from 0, or null for the run's own"),
+        (lambda: Contamination("abc"), r"split\.contamination\.rate=abc must be at least 0 and below 1"),
+        (lambda: Known(True), r"split\.known\.rate=True must be"),
+        (lambda: Official(val_share="40%"), r"split\.val_share=40%: give a number between 0 and 1"),
+        (lambda: Official(val_share=None), r"split\.val_share=None: give a number"),
     ],
 )
 def test_parameters_out_of_range_are_refused(build, message):
