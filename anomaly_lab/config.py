@@ -615,17 +615,27 @@ def _named(cfg: DictConfig) -> int | str:
     return "all" if everything else "+".join(map(str, named))
 
 
+def refuse_impossible(cfg: DictConfig) -> None:
+    """Of any run, whatever its data.
+
+    Raises:
+        ValueError: a seed that is no whole number, a size that is none, a number that is not finite.
+    """
+    if type(cfg.seed) is not int or cfg.seed < 0:
+        raise ValueError(f"seed={cfg.seed}: give a whole number from 0")
+    _size(cfg)
+    for key, value in _identity_keys(cfg).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{key}={value}: give a finite number")
+
+
 def job(cfg: DictConfig) -> Job:
     """The run that ``cfg`` describes.
 
     Raises:
         ValueError: see `target` and `reduced`; or a seed that is no whole number.
     """
-    if type(cfg.seed) is not int or cfg.seed < 0:
-        raise ValueError(f"seed={cfg.seed}: give a whole number from 0")
-    for key, value in _identity_keys(cfg).items():
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"{key}={value}: give a finite number")
+    refuse_impossible(cfg)
     own = {
         "model": model_name(cfg),
         "dataset": cfg.dataset.name,

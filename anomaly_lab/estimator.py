@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from hydra.errors import HydraException
 from numpy.typing import ArrayLike, NDArray
 from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils.validation import check_is_fitted
@@ -23,6 +24,7 @@ from anomaly_lab import config, metrics, switches
 from anomaly_lab.build import epochs, make_augment, make_detector, make_lightning_trainer, make_prepare
 from anomaly_lab.data import OneClassData
 from anomaly_lab.datasets import Images
+from anomaly_lab.errors import explained
 from anomaly_lab.predict import FittedDetector
 from anomaly_lab.splits import Official, Partition, Target
 
@@ -88,10 +90,17 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
             ValueError: ``X`` is no array of images, holds too few of them, or the method needs more than images.
         """
         pixels = self._pixels(X)
+        if isinstance(self.overrides, str):
+            raise ValueError(f"overrides={self.overrides!r} is one text: give a list of key=value")
         given = list(self.overrides)
         if wrong := [word for word in given if word.split("=")[0].lstrip("+~") in (*NOT_OF_ARRAYS, "split")]:
             raise ValueError(f"overrides={wrong}: give model, size and seed as arguments; the data are the arrays")
-        cfg = config.compose([f"model={self.model}", f"size={self.size}", f"seed={self.seed}", *given])
+        words = [f"model={self.model}", f"size={self.size}", f"seed={self.seed}", *given]
+        try:
+            cfg = config.compose(words)
+        except HydraException as error:
+            raise ValueError(config.advice(error, words) or explained(error)) from error
+        config.refuse_impossible(cfg)
         if cfg.model.members or cfg.model.get("labels"):
             raise ValueError(f"model={self.model} needs more than normal images: use the command line")
         images = Images.canonical(
@@ -169,9 +178,11 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
         if x.dtype.kind not in "uif" or x.ndim not in (2, 3, 4) or not len(x):
             raise ValueError(f"X must be images (N,H,W), (N,H,W,C), (N,C,H,W) or rows (N,D), not {x.dtype} {x.shape}")
         if x.dtype != np.uint8:
-            x = np.rint(x)
-            if not (np.isfinite(x).all() and x.min() >= 0 and x.max() <= 255):
+            if not (np.isfinite(x).all() and x.min() >= -0.5 and x.max() <= 255.5):
                 raise ValueError("X must hold pixels from 0 to 255: scale it, and replace what is not finite")
+            if x.max() <= 1 and (x != np.rint(x)).any():  # they would silently become black and white
+                raise ValueError("X holds fractions of 1, not pixels from 0 to 255: multiply it by 255")
+            x = np.clip(np.rint(x), 0, 255)
             x = x.astype(np.uint8)
         if x.ndim == 2:
             x = x.reshape(len(x), *self._shape_of_rows(x.shape[1]))

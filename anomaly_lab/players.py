@@ -103,7 +103,12 @@ class Learning:
             factory = self._optimizer.get(name) if isinstance(self._optimizer, Mapping) else self._optimizer
             if factory is None:
                 raise ValueError(f"model.optimizer has no entry for the player {name}: give one for each player")
-            optimizers.append(factory(parameters_of(networks)))
+            try:
+                optimizers.append(factory(parameters_of(networks)))
+            except TypeError as error:  # a text for a number, or a key that it does not have
+                raise ValueError(
+                    f"model.optimizer makes no optimiser ({error}): anomaly-lab --cfg job shows it"
+                ) from error
         pairs = zip(players, optimizers, strict=True)
         made = [make(optimizer) for name, optimizer in pairs if (make := self._schedule_of(name)) is not None]
         return (optimizers, made) if made else optimizers

@@ -166,7 +166,7 @@ class FittedDetector:
         from anomaly_lab.data import scored_at_once
 
         images = np.asarray(images)
-        shape = self.stored_shape
+        shape, given = self.stored_shape, images.shape
         if images.ndim == 3 and shape[0] == 1:
             images = images[:, None]
         elif images.ndim == 4 and images.shape[1:] != shape:
@@ -176,7 +176,7 @@ class FittedDetector:
             grey = f"(N,{height},{width}), " if channels == 1 else ""
             raise ValueError(
                 f"this run wants uint8 images of {grey}(N,{height},{width},{channels}) or {('N', *shape)}, "
-                f"not {images.dtype} {images.shape}; read() brings image files there".replace("'", "")
+                f"not {images.dtype} {given}; read() brings image files there".replace("'", "")
             )
         at_once = scored_at_once(self.device)
         for start in range(0, len(images), at_once):

@@ -67,6 +67,7 @@ TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 
         ("model.detector._target_=anomaly_lab.typo.Typo", "Error locating target 'anomaly_lab.typo.Typo'"),
         ("model.budget.steps=3", "give model.budget one of epochs, steps and stages"),
         ("model=deep_sad model.budget.epochs=1", "of stages, change model.budget.stages."),
+        ("model.optimizer.lr=fast", "model.optimizer makes no optimiser ("),
         ("trainer.accelerator=abacus", "You selected an invalid accelerator name"),
     ],
 )
@@ -75,6 +76,15 @@ def test_a_mistake_gets_one_line(lab: Command, words: str, message: str) -> None
     assert (code, out) == (cli.MISTAKE, "")
     assert err.startswith("anomaly-lab: error: ") and err.count("\n") == 1
     assert message in err
+
+
+def test_the_page_shows_what_the_command_answers(lab: Command) -> None:
+    page = (Path(__file__).parent.parent / "docs/command_line.md").read_text(encoding="utf-8")
+    shown = re.findall(r"^\$ anomaly-lab (.+)\n((?:(?!\$ |```).+\n)+)", page, re.M)
+    assert len(shown) == 9
+    for words, answer in shown:
+        said = lab(words)
+        assert said.out + said.err == answer, words
 
 
 @pytest.mark.drawn

@@ -96,6 +96,12 @@ def test_every_layout_is_the_same_images() -> None:
     [
         ({}, np.zeros((30, 8, 8)) - 1, "pixels from 0 to 255"),
         ({}, np.full((30, 8, 8), np.nan), "pixels from 0 to 255"),
+        ({}, np.full((30, 8, 8), 0.3), "fractions of 1, not pixels from 0 to 255: multiply it by 255"),
+        ({"model": "ganomally"}, np.zeros((30, 8, 8)), "there is no model=ganomally: write model=ganomaly"),
+        ({"size": "big"}, np.zeros((30, 8, 8)), "size=big: choose full"),
+        ({"seed": "a"}, np.zeros((30, 8, 8)), "seed=a: give a whole number from 0"),
+        ({"overrides": ["epochs=3"]}, np.zeros((30, 8, 8)), "write model.budget.epochs=3"),
+        ({"overrides": "split.val_share=0.2"}, np.zeros((30, 8, 8)), "is one text: give a list"),
         ({}, np.zeros((30, 65)), "of no square image: give image_shape"),
         ({"image_shape": (1, 8, 9)}, np.zeros((30, 64)), "rows of 64 numbers, image_shape"),
         ({}, np.zeros((30, 8, 8, 2)), "has 8 channels|has 2 channels"),
