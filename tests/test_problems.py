@@ -178,7 +178,10 @@ def test_near_and_far_have_figures_of_their_own(sets: Path, lab: Command) -> Non
             "split.anomalies=near dataset=digits",
             "digits+near has no official test half of all 10 classes: use a data set that has",
         ),
-        ("split.anomalies=npz", "split.anomalies=npz lacks name and path: put a dataset/NAME.yaml that gives them"),
+        (
+            "split.anomalies=npz",
+            "split.anomalies=npz lacks dataset.name and dataset.path: put a dataset/NAME.yaml that gives them",
+        ),
     ],
 )
 def test_what_cannot_stand_beside_it_is_said(words: str, message: str, sets: Path, lab: Command) -> None:
