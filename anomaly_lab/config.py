@@ -296,6 +296,8 @@ def advice(error: Exception, overrides: Sequence[str]) -> str | None:
     if not (isinstance(error, HydraException) and isinstance(cause, ConfigAttributeError | ConfigKeyError)):
         return None
     wrong = str(cause.full_key)
+    if wrong.startswith("model.detector.") and any(word.startswith("model=") and "," in word for word in overrides):
+        return f"{wrong} cannot be set for every model of this sweep: give those that have it a command of their own"
     near = _near(wrong, [word for word in overrides if word.split("=")[0] in (*GROUPS, "experiment")])
     if not near:
         return None

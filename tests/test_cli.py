@@ -34,6 +34,7 @@ TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 
         ("hydra/launcher=typo", "there is no hydra/launcher=typo: choose among abreast, basic"),
         ("typo=1", "typo cannot be set"),
         ("model.detector.widht=1", "model.detector.widht cannot be set: write model.detector.width=1; "),
+        ("-m model=mean_image,anogan model.detector.steps=9", "model.detector.steps cannot be set for every model of"),
         ("epochs=3", "epochs cannot be set: write model.budget.epochs=3; "),
         ("-m epochs=3 seed=0,1", "epochs cannot be set: write model.budget.epochs=3; "),
         ("--dry-run epochs=3", "epochs cannot be set: write model.budget.epochs=3; "),
