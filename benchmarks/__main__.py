@@ -115,7 +115,9 @@ def main() -> None:
             "git_sha": code["sha"],
             "dirty": code["dirty"],
         }
-        content["header"] = header(given.device) | {"measured": measured}
+        about = header(given.device)
+        about["versions"] = content.get("header", {}).get("versions", {}) | about["versions"]  # of others' rows, too
+        content["header"] = about | {"measured": measured}
         text = json.dumps(content, indent=1, allow_nan=False)
         write_atomically(path, lambda file, text=text: file.write(text.encode()))  # type: ignore[misc]
         print(f"{name}: {measured[name]['seconds']} s", flush=True)
