@@ -179,6 +179,9 @@ def refuse_unfounded(content: Mapping[str, Any], where: str, runs: Path | None, 
     Raises:
         ValueError: a run is not there, saw another partition, or has other scores or metrics. One line.
     """
+    if runs is not None:  # RUNS/METHOD/DATASET/SPLIT, of which it was written, is taken for RUNS
+        first = content["runs"][0]["row"]["path"]
+        runs = next((at for at in (runs, *runs.parents[:3]) if (at / first / "result.json").is_file()), runs)
     for said in content["runs"]:
         path = said["row"]["path"]
         if runs is not None:

@@ -244,6 +244,8 @@ def test_runs_of_several_methods_or_with_holes_are_not_written(made, tmp_path, c
     assert "2 of 3 classes" in capsys.readouterr().err and not out.exists()
     assert cli.check_submission([str(made.folder / "knn.json"), "--runs", str(tmp_path / "runs")]) == cli.FAILED
     assert "has no run knn/own/official/n1/s0" in capsys.readouterr().err
+    below = str(made.runs / "knn/own")  # the folder that a submission is of, in the place of the one of all runs
+    assert cli.check_submission([str(made.folder / "knn.json"), "--runs", below]) == cli.DONE
 
 
 def test_a_result_that_was_edited_after_the_run_does_not_found_a_submission(made, tmp_path, capsys) -> None:
