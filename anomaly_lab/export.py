@@ -157,10 +157,12 @@ def _graph(fitted: FittedDetector, image: NDArray[np.float32], name: str) -> byt
             scorer(example)
     except RuntimeError as error:  # an inference tensor takes no part in a search by gradients
         raise RunFailed(f"{name} cannot be exported: its score follows gradients at test time") from error
-    for logger in ("torch.onnx", "onnxscript", "onnx_ir"):
+    for logger in ("torch.onnx", "torch.fx.experimental.symbolic_shapes", "onnxscript", "onnx_ir"):
         logging.getLogger(logger).setLevel(logging.ERROR)
     try:
-        with torch.no_grad(), warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+        # torch prints the graph of what it refuses.
+        quiet = contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO())
+        with torch.no_grad(), warnings.catch_warnings(), quiet[0], quiet[1]:
             warnings.simplefilter("ignore")
             traced = torch.export.export(scorer, (example,), dynamic_shapes={"image": {0: torch.export.Dim("B")}})
             program = torch.onnx.export(

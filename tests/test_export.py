@@ -135,12 +135,14 @@ def test_a_difference_as_large_as_the_scores_is_too_large_however_small(made, tm
     ],
     ids=["branches on values", "a loop over the batch", "len()", "leaves torch"],
 )
-def test_code_that_is_no_graph_is_refused_in_a_line(made, tmp_path, monkeypatch, score, why) -> None:
+def test_code_that_is_no_graph_is_refused_in_a_line(made, tmp_path, monkeypatch, capfd, score, why) -> None:
     loaded = predict.load_run(made.out)
     monkeypatch.setattr(loaded.detector, "score", score)
     with pytest.raises(export.RunFailed, match=f"cannot be exported: {why}") as said:
         export.export(loaded, tmp_path / "model.onnx")
     assert "\n" not in str(said.value) and not list(tmp_path.iterdir())
+    said = capfd.readouterr()
+    assert "def forward" not in said.out + said.err and "Unable to find" not in said.err, "torch's own pages"
 
 
 def test_what_cannot_be_loaded_or_is_not_installed_is_said(made, tmp_path, monkeypatch, capsys) -> None:
