@@ -59,7 +59,7 @@ def test_the_index_lists_every_page_and_every_experiment_has_a_command() -> None
 ELSEWHERE = {
     "deep_sad",  # without known anomalies it is deep_svdd
     *("addpa", "piad", "piad_squeezenet", "piad_pixel_l1"),  # downloads; half an hour a run
-    *("transform_knn", "rotation_contrast"),  # no better than rotnet where it was developed; wants a GPU
+    *("transform_knn", "rotation_contrast"),  # run where it was developed alone; wants a GPU
     *("ede", "shared_ae_no_adversary", "shared_ae_printed"),  # the weights under which none learns: jia2022_mnist_small
 }
 
