@@ -212,7 +212,7 @@ ALLOWED = {
         "turns",
     },
     "cli": {"errors", "files"},
-    "estimator": {"build", "config", "data", "datasets", "metrics", "predict", "splits", "switches"},
+    "estimator": {"build", "config", "data", "datasets", "errors", "metrics", "predict", "splits", "switches"},
     "export": {"errors", "files"},
     "features": {"datasets", "errors", "files"},
     "figures": {"files", "metrics"},
