@@ -45,8 +45,18 @@ QUICK = ("autoencoder", "ganomaly", "itsr", "knn")
 """Of each kind one: a single player, two against each other, stages, no gradients; frozen features take long."""
 
 
+def kinds() -> list[str]:
+    """One model of each class of detector, and one more where others of it see frozen features: Lightning's doors know
+    no more of it. `tests/test_methods.py` trains every yaml."""
+    found: dict[tuple[str, bool], str] = {}
+    for model in MODELS:
+        detector = config.compose([f"model={model}"]).model.detector
+        found.setdefault((detector["_target_"], detector.get("features") is not None), model)
+    return list(found.values())
+
+
 @pytest.mark.drawn  # so that each method's figures are
-@pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK)) for m in MODELS])
+@pytest.mark.parametrize("model", [pytest.param(m, marks=[pytest.mark.slow] * (m not in QUICK)) for m in kinds()])
 def test_a_bare_trainer_gives_the_scores_of_a_run_to_the_bit(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
