@@ -32,8 +32,7 @@ test: install ## run the tests but the slow ones; real data in ANOMALY_LAB_DATA 
 
 # Marked slow: a real Slurm, processes that are killed, signals to real processes, launchers with worker processes, full
 # disks, several runs at a time to the bit, the contract of all methods but one of each kind, the notebook, a bare
-# Lightning Trainer held to a run for all but one method of each kind, the wheel in an environment of its own, benchmarks,
-# Lightning Trainer held to a run for all but one method of each kind, the wheel in an environment of its own, benchmarks,
+# Lightning Trainer held to a run for most classes of detectors, the wheel in an environment of its own, benchmarks,
 # committed results and their commands composed anew, the site and its links, stopped runs in another memory layout, replayed
 # steps of all methods but one, methods trained until they detect.
 test-slow: install ## run the tests that `make test` leaves out
