@@ -178,12 +178,12 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
         if x.dtype.kind not in "uif" or x.ndim not in (2, 3, 4) or not len(x):
             raise ValueError(f"X must be images (N,H,W), (N,H,W,C), (N,C,H,W) or rows (N,D), not {x.dtype} {x.shape}")
         if x.dtype != np.uint8:
-            if not (np.isfinite(x).all() and x.min() >= -0.5 and x.max() <= 255.5):
+            whole = np.rint(x)
+            if not (np.isfinite(x).all() and whole.min() >= 0 and whole.max() <= 255):
                 raise ValueError("X must hold pixels from 0 to 255: scale it, and replace what is not finite")
-            if x.max() <= 1 and (x != np.rint(x)).any():  # they would silently become black and white
+            if x.max() <= 1 and (x != whole).any():  # they would silently become black and white
                 raise ValueError("X holds fractions of 1, not pixels from 0 to 255: multiply it by 255")
-            x = np.clip(np.rint(x), 0, 255)
-            x = x.astype(np.uint8)
+            x = whole.astype(np.uint8)
         if x.ndim == 2:
             x = x.reshape(len(x), *self._shape_of_rows(x.shape[1]))
         elif x.ndim == 3:
