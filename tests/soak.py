@@ -1,6 +1,6 @@
 """Kills sweeps, continues them by the same command, and holds the results to those of a sweep that nothing disturbed.
 
-    python tests/soak.py --kills 10                     # what tests/test_kill.py does
+    python tests/soak.py --kills 6 --commands 1         # what tests/test_kill.py does
     make soak                                           # more, and docs/soak.md
 
 The processes are real and so is SIGKILL. Most are forked from this one, which has imported everything once and has no

@@ -11,7 +11,7 @@ import pytest
 import torch
 from lightning import Trainer
 from lightning.pytorch.callbacks import EarlyStopping
-from test_methods import MODELS, shrunk
+from test_methods import MODELS, shrunk, written
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -47,10 +47,10 @@ QUICK = ("autoencoder", "ganomaly", "itsr", "knn")
 
 def kinds() -> list[str]:
     """One model of each class of detector, and one more where others of it see frozen features: Lightning's doors know
-    no more of it. `tests/test_methods.py` trains every yaml."""
+    no more of it."""
     found: dict[tuple[str, bool], str] = {}
     for model in MODELS:
-        detector = config.compose([f"model={model}"]).model.detector
+        detector = written(model).detector
         found.setdefault((detector["_target_"], detector.get("features") is not None), model)
     return list(found.values())
 
