@@ -172,7 +172,6 @@ def data(argv: Sequence[str] | None = None) -> int:
 
 
 def _data_line(command: str, name: str, overrides: Sequence[str]) -> str:
-    from hydra.utils import instantiate
     from omegaconf import OmegaConf
 
     from anomaly_lab import config
@@ -183,7 +182,7 @@ def _data_line(command: str, name: str, overrides: Sequence[str]) -> str:
         if command == "list":
             return f"{name:<16}yours: give {needed}"
         raise ValueError(f"{name} is your own data set: give {needed}")
-    dataset = instantiate(given)
+    dataset = config.reader(given)
     if command == "check":
         return str(dataset.check())
     if command == "download":

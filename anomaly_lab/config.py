@@ -25,6 +25,7 @@ from hydra import initialize_config_dir
 from hydra._internal.utils import _locate
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -33,7 +34,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from anomaly_lab import record
 
 if TYPE_CHECKING:
-    from anomaly_lab.datasets import Images
+    from anomaly_lab.datasets import Dataset, Images
     from anomaly_lab.splits import Split, Target
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -161,13 +162,10 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     files = tuple(word for word in overrides if not _SETS_A_KEY.match(word))
     written = (*search_path(), *((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in _of_the_user()))
     try:
-        cfg = _composed(files, written).copy()
-        for word in overrides:
-            if _SETS_A_KEY.match(word):
-                OmegaConf.update(cfg, *_parsed(word), merge=True)
+        before = _composed(files, written)
+        return _with_keys(before.copy(), overrides, before)
     except (HydraException, OmegaConfBaseException):
         return without_hydra(_compose(overrides))  # it raises, and names the override
-    return cfg
 
 
 _SETS_A_KEY = re.compile(rf"({'|'.join(TOP_LEVEL)}|(?!hydra\.)\w+(\.\w+)+)=")
@@ -189,6 +187,17 @@ def _parsed(word: str) -> tuple[str, Any]:
     return override.get_key_element(), override.value()
 
 
+def _with_keys(cfg: DictConfig, words: Sequence[str], before: DictConfig) -> DictConfig:
+    """Set what chooses no file; 1e3, a float to Hydra, is 1000 where ``before`` has a whole number or null."""
+    for word in words:
+        if _SETS_A_KEY.match(word):
+            key, value = _parsed(word)
+            if isinstance(value, float) and not isinstance(OmegaConf.select(before, key), float):
+                value = _plain(value)
+            OmegaConf.update(cfg, key, value, merge=True)
+    return cfg
+
+
 def _compose(overrides: Sequence[str]) -> DictConfig:
     # Inside a running Hydra job the global state is taken; put it aside and restore it.
     state = GlobalHydra.instance().hydra
@@ -202,19 +211,19 @@ def _compose(overrides: Sequence[str]) -> DictConfig:
 
 def without_hydra(composed: DictConfig) -> DictConfig:
     """The configuration of one run out of all that Hydra composed."""
-    choices = composed.hydra.runtime.choices
     cfg = composed.copy()
     with open_dict(cfg):
         del cfg["hydra"]
-    return with_choices(cfg, choices)
+    return with_choices(cfg, composed.hydra)
 
 
-def with_choices(cfg: DictConfig, choices: Mapping[str, str | None]) -> DictConfig:
-    """``cfg`` with the names of the chosen groups, so that a configuration says by itself where it came from.
+def with_choices(cfg: DictConfig, hydra: Any) -> DictConfig:
+    """``cfg``, which ``hydra`` composed, with the names of its groups, so that it says where it came from; 1e3 is 1000.
 
     Raises:
         ValueError: a name leaves its group's folder, such as ``model=../dataset/digits``; folders are named after it.
     """
+    choices, words = hydra.runtime.choices, hydra.overrides.task
     for group in (*GROUPS, "experiment"):
         if not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)*", choices[group] or "none"):
             raise ValueError(
@@ -222,6 +231,8 @@ def with_choices(cfg: DictConfig, choices: Mapping[str, str | None]) -> DictConf
             )
     with open_dict(cfg):
         cfg.choices = {group: choices[group] for group in (*GROUPS, "experiment")}
+    if any(isinstance(_parsed(word)[1], float) for word in words if _SETS_A_KEY.match(word)):
+        _with_keys(cfg, words, compose([word for word in words if not _SETS_A_KEY.match(word)]))
     return cfg
 
 
@@ -254,7 +265,7 @@ def _grids(overrides: Sequence[str]) -> list[tuple[list[str], Sweep | None]]:
     rest = [text for text, one in zip(overrides, parsed, strict=True) if one.get_key_element() != "experiment"]
     named = [one for one in parsed if one.get_key_element() == "experiment"]
     if named and named[-1].is_sweep_override():
-        each = ([*rest, f"experiment={name}"] for name in named[-1].sweep_string_iterator())
+        each = ([*rest, f"experiment={name}"] for name in _values(named[-1]))
         return [grid for one in each for grid in _grids(one)]
     own = sweep(overrides) if named else None
     if own is not None and "experiment" in own.grid:
@@ -266,7 +277,7 @@ def jobs(overrides: Sequence[str]) -> list[list[str]]:
     """The overrides of every job of a multirun, in Hydra's order, the experiments' own grids included.
 
     Raises:
-        ValueError: the sweeper chooses its points itself.
+        ValueError: the sweeper chooses its points itself, or a key is swept over nothing.
     """
     return [job for grid, own in _grids(overrides) for job in _jobs(grid, own or sweep(grid))]
 
@@ -279,10 +290,16 @@ def _jobs(overrides: Sequence[str], own: Sweep) -> list[list[str]]:
     for override in OverridesParser.create().parse_overrides(overrides=given):
         key = override.get_key_element()
         if override.is_sweep_override():
-            choices[key] = [f"{key}={value}" for value in override.sweep_string_iterator()]
+            choices[key] = [f"{key}={value}" for value in _values(override)]
         else:
             choices[key] = [f"{key}={override.get_value_element_as_str()}"]
     return [list(job) for job in itertools.product(*choices.values())]
+
+
+def _values(swept: Override) -> list[str]:
+    if values := list(swept.sweep_string_iterator()):
+        return values
+    raise ValueError(f"{swept.input_line} has no value, so there is no run to make: range(0,10) has 0 to 9")
 
 
 def _without_sweeps(overrides: Sequence[str]) -> list[str]:
@@ -451,9 +468,23 @@ def _plain(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
+def reader(section: DictConfig) -> Dataset:
+    """The data set that a ``dataset`` section describes.
+
+    Raises:
+        ValueError: it has the name of one of anomaly_lab's, among whose runs its own would stand, and another reader.
+    """
+    found: Dataset = instantiate(section)
+    ours = CONFIG_DIR / "dataset" / f"{found.name}.yaml"
+    if ours.is_file() and OmegaConf.load(ours)._target_ != section._target_:
+        name = found.name
+        raise ValueError(f"dataset.name={name} is the name of dataset={name}: choose that, or give yours another name")
+    return found
+
+
 @functools.lru_cache(maxsize=4)
 def _images(dataset: str) -> Images:
-    return instantiate(OmegaConf.create(json.loads(dataset))).load()
+    return reader(OmegaConf.create(json.loads(dataset))).load()
 
 
 @functools.lru_cache(maxsize=2)

@@ -48,13 +48,14 @@ def make(hydra_main: Callable[[Sequence[str]], None], overrides: Sequence[str]) 
         hydra_main: lets Hydra call `job` for every run of the grid that overrides describe.
     """
     asked = config.sweep(overrides)
+    jobs = [] if asked.chooses_points else config.jobs(overrides)
     try:
         with open_journal(asked.runs) as journal:
             for grid in [overrides] if asked.chooses_points else config.grids(overrides):
                 survive_killed_workers(functools.partial(hydra_main, grid), journal)
-            jobs = journal.jobs() if asked.chooses_points else config.jobs(overrides)
+            jobs = jobs or journal.jobs()
     except OSError as error:
-        if error.errno not in UNWRITABLE or asked.chooses_points or not _all_done(jobs := config.jobs(overrides)):
+        if error.errno not in UNWRITABLE or asked.chooses_points or not _all_done(jobs):
             raise
     return _summary(jobs, searched=asked.chooses_points)
 
@@ -212,7 +213,7 @@ def job(cfg: DictConfig) -> float | None:
     run: Job | None = None
     ended = "failed"
     try:
-        cfg = config.with_choices(cfg, hydra.runtime.choices)
+        cfg = config.with_choices(cfg, hydra)
         if not sweep:
             _refuse_grid(cfg.choices.experiment, hydra.sweeper.params, hydra.overrides.task)
         run = config.job(cfg)  # finds most mistakes, before anything heavy is imported
@@ -453,18 +454,18 @@ def dry_run(overrides: Sequence[str]) -> int:
     seconds: dict[Any, list[float]] = {}
     left = []
     alike = Counter(one.status.detail for one in members if one.job is None)
+    shown: set[str] = set()
     for one in members:
-        number = alike[one.status.detail] if one.job is None else 0
-        if number > 10:  # one line of what a whole grid lacks
-            print(f"{one.status.state:<12}{one.name} and {number - 1} others  {one.status.detail}")
-            alike[one.status.detail] = -1
-        elif number < 0:
-            continue
+        detail = one.status.detail
+        if one.job is None and alike[detail] > 10:  # one line of what a whole grid lacks
+            if detail not in shown:
+                print(f"{one.status.state:<12}{one.name} and {alike[detail] - 1} others  {detail}")
+                shown.add(detail)
         elif one.job is not None and one.status.state == "done":
             spent = json.loads((one.job.out / "result.json").read_text())["seconds"]
             seconds.setdefault(_kind(one.job), []).append(spent["fit"] + spent["score"])
         else:
-            print(f"{one.status.state:<12}{one.name}  {one.status.detail}".rstrip())
+            print(f"{one.status.state:<12}{one.name}  {detail}".rstrip())
             left += [one.job] if one.job is not None else []
     known = [median(seconds[_kind(job)]) for job in left if _kind(job) in seconds]
     impossible = sum(one.job is None for one in members)

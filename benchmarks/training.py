@@ -57,7 +57,13 @@ def compose(
     model: str, epoch_steps: int, epochs: int, *overrides: str, device: str = "cpu", stored: tuple[int, int] = (28, 1)
 ) -> DictConfig:
     """A run of ``model`` (``size=full`` by default) on `digits` of the size ``stored``: epochs of so many steps."""
-    given = [f"model={model}", "size=full", "dataset=npz", "dataset.name=digits", f"dataset.path={digits(*stored)}"]
+    given = [
+        f"model={model}",
+        "size=full",
+        "dataset=npz",
+        "dataset.name=digits_enlarged",
+        f"dataset.path={digits(*stored)}",
+    ]
     given += ["split=pooled", "trainer.progress=false", "logger=none", f"model.budget.epoch_steps={epoch_steps}"]
     given += [f"trainer.accelerator={'cuda' if device == 'gpu' else 'cpu'}"]
     if not model.startswith("itsr"):  # whose first stage is long enough

@@ -377,6 +377,25 @@ def test_numbers_that_are_not_finite_are_refused_before_training(words: str, tmp
         config.job(config.compose([words, f"data_dir={tmp_path}"]))
 
 
+def test_a_whole_number_may_be_written_as_a_float() -> None:
+    words = ["model=conv_ae", "split.max_test=1e3", "model.batch_size=1e2", "model.budget.epochs=1e1", "seed=1e0"]
+    words += ["trainer.threads=2.0", "model.optimizer.lr=1.0", "model.input.size=16.5"]
+    for cfg in (config.compose(words), config.without_hydra(config._compose(words))):
+        found = (cfg.split.max_test, cfg.model.batch_size, cfg.model.budget.epochs, cfg.seed, cfg.trainer.threads)
+        assert found == (1000, 100, 10, 1, 2) and {*map(type, found)} == {int}
+        assert type(cfg.model.optimizer.lr) is float, "the yaml has a float there"
+        assert cfg.model.input.size == 16.5, "no whole number is made of another"
+
+
+def test_the_name_of_a_data_set_is_that_of_its_reader(tmp_path: Path) -> None:
+    own = [f"dataset.path={tmp_path}", f"data_dir={tmp_path}"]
+    for dataset, name in (("npz", "mnist"), ("image_folder", "usps"), ("mnist", "cifar10")):
+        words = [f"dataset={dataset}", f"dataset.name={name}", *own[dataset == "mnist" :]]
+        with pytest.raises(ValueError, match=f"dataset.name={name} is the name of dataset={name}: choose that"):
+            config.load_images(config.compose(words))
+    assert config.reader(config.compose(["dataset=npz", "dataset.name=usps", *own]).dataset).name == "usps"
+
+
 def test_each_choice_of_files_is_composed_once_and_each_job_is_what_hydra_composes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
