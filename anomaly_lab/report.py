@@ -74,7 +74,8 @@ def sections(frame: pd.DataFrame, expected: Sequence[Job] = (), epochs: pd.DataF
             draw[f"{slug}-{key}.png"] = functools.partial(
                 figures.lines, curve, key, "auroc", "line", heading, xlabel=key.partition(".")[2]
             )
-        if part["oracle_auroc"].notna().any():
+        if 0 < short.loc[short["oracle_auroc"].notna(), "label"].nunique() <= 2 * len(figures.PALETTE):
+            # More curves than colours, solid and dashed, cannot be told apart: epochs.csv has them.
             draw[f"{slug}-epochs.png"] = functools.partial(_course, short, epochs, heading)
         comparisons = significance(frame, dataset, split)
         found.append(Section(table(frame, dataset, split, expected), title, slug, part, comparisons, draw))

@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pytest
 from finished import AE, SHARED, Runs, grid, identity
 
@@ -309,6 +310,14 @@ def test_course_over_epochs_of_watched_runs_is_kept(experiment: Path) -> None:
     assert [(row["epoch"], row["oracle_auroc"]) for row in rows] == [("1", "0.95"), ("2", "0.95")] * 5
     assert (experiment / "figures" / "mnist-official-epochs.png").is_file()
     assert "Test AUROC after every epoch" in (experiment / "README.md").read_text()
+
+
+def test_more_courses_than_can_be_told_apart_are_not_drawn(experiment: Path) -> None:
+    frame = results.read_csv(experiment / "results.csv")
+    for count, drawn in ((16, True), (17, False)):
+        many = pd.concat([frame.iloc[[0]].assign(model=f"m{i}", label=f"m{i}", changed="") for i in range(count)])
+        [section] = report.sections(many.reset_index(drop=True))
+        assert ("mnist-official-epochs.png" in section.figures) == drawn
 
 
 def test_experiment_is_the_same_bytes_again(
