@@ -25,7 +25,6 @@ SHRINK: dict[str, object] = {
     "model.detector.critic_width": 4,
     "model.detector.search_steps": 3,
     "model.detector.starts": 2,
-    "model.detector.crops": 2,
     "model.detector.flips": False,
     "model.detector.units": 4,
     "model.detector.encoder_widths": [4, 4, 4, 4],
