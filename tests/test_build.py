@@ -84,3 +84,10 @@ def test_other_precisions_train_and_are_other_runs(tmp_path: Path, precision: st
 def test_a_budget_is_a_count_and_nothing_that_equals_one(tmp_path: Path, key: str, value: str) -> None:
     with pytest.raises(ValueError, match=rf"model\.budget\.{key}={value}: give a whole number from 0"):
         run(tiny(tmp_path / "runs", "model.budget.epochs=null", f"model.budget.{key}={value}"))
+
+
+def test_a_budget_that_no_command_wrote_is_a_count_too(tmp_path: Path) -> None:
+    cfg = tiny(tmp_path / "runs")
+    cfg.model.budget.epochs = 0.0  # a command's 0.0 is made 0 before
+    with pytest.raises(ValueError, match=r"model\.budget\.epochs=0\.0: give a whole number from 0"):
+        run(cfg)
