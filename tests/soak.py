@@ -1,7 +1,7 @@
 """Kills sweeps, continues them by the same command, and holds the results to those of a sweep that nothing disturbed.
 
-    python tests/soak.py --kills 6 --commands 1         # what tests/test_kill.py does
-    make soak                                           # more, and docs/soak.md
+    python tests/soak.py --kills 6 --commands 1 --classes 3   # what tests/test_kill.py does
+    make soak                                                 # more, and docs/soak.md
 
 The processes are real and so is SIGKILL. Most are forked from this one, which has imported everything once and has no
 threads; they call the console command's function. Those of ``--commands`` are the command itself, started anew.
@@ -41,12 +41,11 @@ from PIL import Image  # noqa: E402
 import anomaly_lab.run  # noqa: E402, F401
 from anomaly_lab import cli, results  # noqa: E402
 
-GRID = "model=shared_ae,autoencoder normal_class=3,8 seed=0"
+MODELS = ("shared_ae", "autoencoder")
 TINY = (
     "model.budget.epochs=3 model.budget.epoch_steps=2 model.detector.width=4 trainer.progress=false trainer.threads=1"
 )
-WORDS = ["-m", *GRID.split(), *TINY.split(), "trainer.accelerator=cpu"]
-RUNS = 4
+WORDS = ["-m", f"model={','.join(MODELS)}", "seed=0", *TINY.split(), "trainer.accelerator=cpu"]
 WRITES = 13  # whole files of one run: checkpoints, metrics.csv, scores, figures, result
 
 COMMAND = [sys.executable, "-c", "import sys; from anomaly_lab.cli import train; sys.argv[0] = 'anomaly-lab'; train()"]
@@ -58,6 +57,7 @@ class Place(NamedTuple):
 
     home: Path
     tmp: Path
+    classes: tuple[int, ...]  # the grid is a run of each of `MODELS` on each
 
     @property
     def runs(self) -> Path:
@@ -65,7 +65,11 @@ class Place(NamedTuple):
 
     @property
     def words(self) -> list[str]:
-        return [*WORDS, f"data_dir={self.home / 'data'}"]
+        return [*WORDS, f"normal_class={','.join(map(str, self.classes))}", f"data_dir={self.home / 'data'}"]
+
+    @property
+    def size(self) -> int:
+        return len(MODELS) * len(self.classes)
 
 
 # Processes --------------------------------------------------------------------------------------------------------
@@ -257,18 +261,23 @@ def folders(place: Place) -> list[Path]:
 
 
 def soak(
-    kills: int, commands: Sequence[str], seed: int, keep: Path | None, note: Callable[[dict[str, Any]], None]
+    kills: int,
+    commands: Sequence[str],
+    classes: Sequence[int],
+    seed: int,
+    keep: Path | None,
+    note: Callable[[dict[str, Any]], None],
 ) -> dict[str, Any]:
     """Disturb sweeps until there were so many ``kills`` and an interrupt; the figures, noted after every sweep too."""
     chance, started = random.Random(seed), time.monotonic()
     systems = [Path(tempfile.mkdtemp(prefix="soak-", dir=keep)), Path(tempfile.mkdtemp(prefix="soak-", dir="/dev/shm"))]
-    undisturbed = Place(systems[0] / "undisturbed", systems[1])
+    undisturbed = Place(systems[0] / "undisturbed", systems[1], tuple(classes))
     undisturbed.home.mkdir()
     begun = time.monotonic()
     assert code_of(os.waitpid(fork(undisturbed), 0)[1]) == 0, (undisturbed.home / "log.txt").read_text()
     seconds = time.monotonic() - begun
     expected = made(undisturbed)
-    assert len(expected["runs"]) == RUNS
+    assert len(expected["runs"]) == undisturbed.size
     code_at = json.loads(next(undisturbed.runs.rglob("result.json")).read_text())["git"]
     figures: dict[str, Any] = {"kills": Counter(), "sweeps": 0, "continued": 0, "interrupts": 0, "died in a write": 0}
     figures |= {"files checked whole": 0, "faults": [], "git": code_at}
@@ -282,7 +291,7 @@ def soak(
 
     while not enough():
         home, tmp = systems if figures["sweeps"] % 2 == 0 else reversed(systems)
-        place = Place(home / f"sweep{figures['sweeps']}", tmp)
+        place = Place(home / f"sweep{figures['sweeps']}", tmp, undisturbed.classes)
         place.home.mkdir()
         for _ in range(5):
             if enough():
@@ -326,7 +335,7 @@ def soak(
         figures["sweeps"] += 1
         shutil.rmtree(place.home) if not figures["faults"] else print(f"kept: {place.home}", file=sys.stderr)
         figures["seconds"] = round(time.monotonic() - started, 1)
-        figures["runs"] = figures["sweeps"] * RUNS
+        figures["runs"] = figures["sweeps"] * place.size
         note(figures)
     if not figures["faults"]:
         for folder in systems:
@@ -338,8 +347,9 @@ def compared(found: dict[str, Any], expected: dict[str, Any], folders: Sequence[
     """What was lost, made twice, or came out otherwise than in the undisturbed sweep."""
     faults = [f"{where}: {name} is lost" for name in expected["runs"].keys() - found["runs"].keys()]
     faults += [f"{where}: {name} is too many" for name in found["runs"].keys() - expected["runs"].keys()]
-    if len(folders) != RUNS or len(found["report"]) != RUNS:
-        faults.append(f"{where}: {len(folders)} folders and {len(found['report'])} rows of {RUNS} runs")
+    size = len(expected["runs"])
+    if len(folders) != size or len(found["report"]) != size:
+        faults.append(f"{where}: {len(folders)} folders and {len(found['report'])} rows of {size} runs")
     for name, run in expected["runs"].items():
         for what in run:
             if name in found["runs"] and found["runs"][name][what] != run[what]:
@@ -380,7 +390,7 @@ def page(figures: dict[str, Any]) -> str:
     rows += [("seconds of one undisturbed sweep", figures["seconds of the undisturbed sweep"])]
     rows += [("code", f"{(figures['git']['sha'] or 'unknown')[:9]}{dirty}")]
     shown = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    return PAGE.format(rows=shown, runs_each=RUNS)
+    return PAGE.format(rows=shown, runs_each=figures["runs"] // figures["sweeps"])
 
 
 FAULTS = {
@@ -396,6 +406,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--commands", type=int, default=0, help="how many of them through the command, started anew")
+    parser.add_argument("--classes", type=int, nargs="+", default=[3, 8], help="normal ones: two runs of each")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     parser.add_argument("--folder", type=Path, help="on a disk (default: the system's for temporary files)")
     parser.add_argument("--out", type=Path, help="JSON")
@@ -411,7 +422,7 @@ def main() -> None:
         if arguments.page:
             arguments.page.write_text(page(figures))
 
-    figures = soak(arguments.kills, commands[::-1], arguments.seed, arguments.folder, note)
+    figures = soak(arguments.kills, commands[::-1], arguments.classes, arguments.seed, arguments.folder, note)
     print(json.dumps(figures, indent=1))
     sys.exit(bool(figures["faults"]))
 
