@@ -125,7 +125,8 @@ class Contract:
 
     @property
     def scored_after_fit(self) -> bool:
-        """Whether ``score`` needs what `after_fit` finds, so that there is nothing to score before."""
+        """Whether nothing is scored before the fit ends: ``score`` needs what `after_fit` finds, or is itself a search
+        that takes longer than an epoch does. Epochs then have no ``val_score``, and `oracle_auroc` is not recorded."""
         return self.has("after_fit")
 
 

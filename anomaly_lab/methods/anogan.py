@@ -80,6 +80,10 @@ class AnoGAN(Detector):
         yield {"discriminator": bce(real_logit, 1) + bce(fake_logit, 0)}
         yield {"generator": bce(self.discriminator(fake)[0], 1)}
 
+    @property
+    def scored_after_fit(self) -> bool:
+        return True  # a look at held-out normals would be a search for each
+
     def terms(self, x: Tensor) -> Mapping[str, Tensor]:
         return self.gaps(x, self.discriminator.features(x), self.search(x))
 
