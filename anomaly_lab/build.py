@@ -21,7 +21,7 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from anomaly_lab import config, turns
+from anomaly_lab import config, record, turns
 from anomaly_lab.config import Job
 from anomaly_lab.cuda_graphs import GraphedSteps
 from anomaly_lab.data import Augment, OneClassData, Prepare
@@ -202,7 +202,7 @@ class _LastCheckpoint(Checkpoint):
 
     def __init__(self, job: Job, every: int) -> None:
         self._job, self._every = job, every
-        self._code = [config.code()]  # every code version that trained this run, the present one last
+        self._code = [record.code()]  # every code version that trained this run, the present one last
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         checkpoint["identity"], checkpoint["settings"] = dict(self._job.identity), dict(self._job.settings)

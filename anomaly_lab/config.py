@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import difflib
 import functools
-import hashlib
 import inspect
 import itertools
 import json
 import math
 import os
 import re
-import subprocess
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -75,39 +73,6 @@ TOP_LEVEL = (*NAMES_OF_RUNS, "size", "runs", "data_dir")
 SMALL = "_small"
 """Ends the name of a run's model where its size is reduced: in folders, in tables, in every committed result."""
 
-SUBMITTED = "ANOMALY_LAB_SUBMITTED"
-"""Environment variable of a queued job: the `code` it was submitted with, as JSON."""
-
-_CODE = ("anomaly_lab", "hydra_plugins", "conf")
-"""What a run reads of a checkout: uncommitted changes elsewhere (notes, pages) change no result."""
-
-
-@functools.cache
-def code() -> dict[str, Any]:
-    """Commit, dirtiness and the hash of uncommitted changes of the code that runs; nulls where it is no checkout.
-
-    ``diff`` covers the code and the configurations, new files among them; None without such changes. Kept from the
-    first call on, for a process goes on with the modules it has loaded.
-    """
-
-    def git(*words: str) -> str:
-        command = ["git", "-C", str(_PACKAGE.parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True, errors="replace").stdout
-
-    try:
-        if Path(git("rev-parse", "--show-toplevel").strip()) != _PACKAGE.parent:
-            return {"sha": None, "dirty": None, "diff": None}  # installed inside somebody else's repository
-        changes = git("diff", "HEAD", "--binary", "--no-ext-diff", "--no-color", "--", *_CODE)
-        for name in git("ls-files", "-z", "--others", "--exclude-standard", "--", *_CODE).split("\0")[:-1]:
-            changes += f"{name}\n{(_PACKAGE.parent / name).read_text(errors='replace')}"
-        return {
-            "sha": git("rev-parse", "HEAD").strip(),
-            "dirty": bool(git("status", "--porcelain")),
-            "diff": hashlib.sha256(changes.encode()).hexdigest()[:12] if changes else None,
-        }
-    except (OSError, subprocess.CalledProcessError):
-        return {"sha": None, "dirty": None, "diff": None}
-
 
 def _size(cfg: DictConfig) -> str:
     size = cfg.get("size")
@@ -162,7 +127,7 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
     files = tuple(word for word in overrides if not _SETS_A_KEY.match(word))
     written = (*search_path(), *((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in _of_the_user()))
     try:
-        before = _composed(files, written)
+        before = _composed(_canonical(files), written)
         return _with_keys(before.copy(), overrides, before)
     except (HydraException, OmegaConfBaseException):
         return without_hydra(_compose(overrides))  # it raises, and names the override
@@ -170,6 +135,20 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
 
 _SETS_A_KEY = re.compile(rf"({'|'.join(TOP_LEVEL)}|(?!hydra\.)\w+(\.\w+)+)=")
 """Overrides that choose no file."""
+
+
+def _canonical(files: tuple[str, ...]) -> tuple[str, ...]:
+    """The same choice in one order and without what is chosen anyway: one composition for all that ask for it."""
+    groups = [word.partition("=")[0] for word in files]
+    if "experiment" in groups or len({*groups}) < len(groups):
+        return files  # an experiment chooses files itself; what is chosen twice is for Hydra to judge
+    return tuple(sorted(word for word in files if word not in _chosen_anyway()))
+
+
+@functools.cache
+def _chosen_anyway() -> frozenset[str]:
+    defaults = OmegaConf.load(CONFIG_DIR / "train.yaml").defaults
+    return frozenset(f"{group}={name}" for one in defaults if OmegaConf.is_dict(one) for group, name in one.items())
 
 
 @functools.lru_cache(maxsize=256)
@@ -398,20 +377,26 @@ def model_name(cfg: DictConfig) -> str:
     return str(cfg.choices.model) + SMALL * reduced(cfg)
 
 
-def settings(cfg: DictConfig) -> dict[str, Any]:
+def settings(cfg: DictConfig, keys: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Every key that can change a result with its value, and the checksum of the images: kept with what was made.
 
     A fused run's settings include its members', prefixed with their names.
+
+    Args:
+        keys: those of ``cfg`` itself where they have been taken out of it before, which takes longest.
     """
-    own = _identity_keys(cfg) | {"images": load_images(cfg).sha256}
+    own = dict(keys or _identity_keys(cfg)) | {"images": load_images(cfg).sha256}
     for member in members(cfg):
         own |= {f"{member.identity['model']}.{key}": value for key, value in _identity_keys(member.cfg).items()}
     return own
 
 
-def changed(cfg: DictConfig) -> dict[str, Any]:
-    """Every key that can change a result and differs from the defaults of the chosen groups; empty for a plain run."""
-    own = _identity_keys(cfg)
+def changed(cfg: DictConfig, keys: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Every key that can change a result and differs from the defaults of the chosen groups; empty for a plain run.
+
+    ``keys`` as in `settings`.
+    """
+    own = keys or _identity_keys(cfg)
     default, _ = _defaults_of(cfg)
     differing = (key for key in sorted(own.keys() | default.keys()) if own.get(key) != default.get(key))
     return {key: _plain(own.get(key)) for key in differing}
@@ -570,6 +555,8 @@ class Job:
     out: Path
     """``<runs>/<model>/<dataset>/<split>/n<class>/s<seed>`` (``a<class>`` for an abnormal class), with a hash of what
     was changed where anything was."""
+    keys: Mapping[str, Any] | None = field(default=None, repr=False, compare=False)
+    """What ``settings`` begin with, where `job` has taken it out of ``cfg``."""
 
     @property
     def split(self) -> Split:
@@ -579,7 +566,7 @@ class Job:
     @functools.cached_property
     def settings(self) -> dict[str, Any]:
         """Every key that can change a result with its value, and the checksum of the images. Decodes the data set."""
-        return settings(self.cfg)
+        return settings(self.cfg, self.keys)
 
     @property
     def path(self) -> str:
@@ -648,8 +635,8 @@ def _named(cfg: DictConfig) -> int | str:
     return "all" if everything else "+".join(map(str, named))
 
 
-def refuse_impossible(cfg: DictConfig) -> None:
-    """Of any run, whatever its data.
+def refuse_impossible(cfg: DictConfig) -> dict[str, Any]:
+    """Of any run, whatever its data; every key of ``cfg`` that can change a result.
 
     Raises:
         ValueError: a seed that is no whole number, a size that is none, a number that is not finite.
@@ -657,9 +644,11 @@ def refuse_impossible(cfg: DictConfig) -> None:
     if type(cfg.seed) is not int or cfg.seed < 0:
         raise ValueError(f"seed={cfg.seed}: give a whole number from 0")
     _size(cfg)
-    for key, value in _identity_keys(cfg).items():
+    keys = _identity_keys(cfg)
+    for key, value in keys.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{key}={value}: give a finite number")
+    return keys
 
 
 def job(cfg: DictConfig) -> Job:
@@ -668,17 +657,17 @@ def job(cfg: DictConfig) -> Job:
     Raises:
         ValueError: see `target` and `reduced`; or a seed that is no whole number.
     """
-    refuse_impossible(cfg)
+    keys = refuse_impossible(cfg)
     own = {
         "model": model_name(cfg),
         "dataset": cfg.dataset.name,
         "split": cfg.choices.split,
         "normal_class": _named(cfg),
         "seed": cfg.seed,
-        "changed": changed(cfg),
+        "changed": changed(cfg, keys),
     }
     out = Path(cfg.runs) / record.place(own, protocol(cfg).role)
-    return Job(cfg, own, out)
+    return Job(cfg, own, out, keys)
 
 
 def semi_supervised(cfg: DictConfig) -> bool:

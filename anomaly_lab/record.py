@@ -1,14 +1,16 @@
-"""Read how a run ended: its failure, or its result, whose place, checksums and metrics are validated.
+"""What code makes a run and how it ended: its failure, or its result, whose place, checksums and metrics are checked.
 
 Imports nothing heavy: status reports and dry runs read hundreds of these.
 """
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import math
 import re
+import subprocess
 import traceback
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
@@ -29,8 +31,43 @@ SHARES = (
 )
 """Metrics that lie between 0 and 1, or are None."""
 
+SUBMITTED = "ANOMALY_LAB_SUBMITTED"
+"""Environment variable of a queued job: the `code` it was submitted with, as JSON."""
+
+_CODE = ("anomaly_lab", "hydra_plugins", "conf")
+"""What a run reads of a checkout: uncommitted changes elsewhere (notes, pages) change no result."""
+
+_CHECKOUT = Path(__file__).resolve().parent.parent
+
 FAILURE = "failure.json"
 """Why a run has no result; goes when it gets one."""
+
+
+@functools.cache
+def code() -> dict[str, Any]:
+    """Commit, dirtiness and the hash of uncommitted changes of the code that runs; nulls where it is no checkout.
+
+    ``diff`` covers the code and the configurations, new files among them; None without such changes. Kept from the
+    first call on, for a process goes on with the modules it has loaded.
+    """
+
+    def git(*words: str) -> str:
+        command = ["git", "-C", str(_CHECKOUT), *words]
+        return subprocess.run(command, capture_output=True, text=True, check=True, errors="replace").stdout
+
+    try:
+        if Path(git("rev-parse", "--show-toplevel").strip()) != _CHECKOUT:
+            return {"sha": None, "dirty": None, "diff": None}  # installed inside somebody else's repository
+        changes = git("diff", "HEAD", "--binary", "--no-ext-diff", "--no-color", "--", *_CODE)
+        for name in git("ls-files", "-z", "--others", "--exclude-standard", "--", *_CODE).split("\0")[:-1]:
+            changes += f"{name}\n{(_CHECKOUT / name).read_text(errors='replace')}"
+        return {
+            "sha": git("rev-parse", "HEAD").strip(),
+            "dirty": bool(git("status", "--porcelain")),
+            "diff": hashlib.sha256(changes.encode()).hexdigest()[:12] if changes else None,
+        }
+    except (OSError, subprocess.CalledProcessError):
+        return {"sha": None, "dirty": None, "diff": None}
 
 
 def place(identity: Mapping[str, Any], role: str) -> Path:

@@ -192,7 +192,8 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback], lo
         "history": history,
     }
     tracker.watched(history)  # only now: no hook of the method can meet it in a logger
-    draw(detector, data, measured.scores["score"], result, out / "figures")
+    if cfg.trainer.figures:
+        draw(detector, data, measured.scores["score"], result, out / "figures")
     tracker.publish(result, out / "figures", measured.scores)  # before the run counts as done: a killed one repeats it
     (out / record.FAILURE).unlink(missing_ok=True)  # of an earlier attempt; before, so that no finished run keeps one
     write_json(out / "result.json", result)
@@ -249,7 +250,8 @@ def _fuse(job: Job, members: Sequence[Job], tracker: tracking.Tracker, lock: Loc
         **{"epochs": 0, "steps": 0, "history": []},
     }
     tracker.start([])
-    draw(None, data, sums["score"], result, job.out / "figures")
+    if job.cfg.trainer.figures:
+        draw(None, data, sums["score"], result, job.out / "figures")
     tracker.publish(result, job.out / "figures", arrays)
     (job.out / record.FAILURE).unlink(missing_ok=True)
     write_json(job.out / "result.json", result)
@@ -334,9 +336,9 @@ def _too_large(cfg: DictConfig) -> str:
 
 
 def _code() -> dict[str, Any]:
-    """`config.code`; with ``submitted``, and a warning, where a job runs other code than it was submitted with."""
-    now = config.code()
-    submitted = json.loads(os.environ.get(config.SUBMITTED, "null"))
+    """`record.code`; with ``submitted``, and a warning, where a job runs other code than it was submitted with."""
+    now = record.code()
+    submitted = json.loads(os.environ.get(record.SUBMITTED, "null"))
     if submitted is None or all(submitted[key] == now[key] for key in ("sha", "diff")):
         return now
     then_name, now_name = (

@@ -118,9 +118,7 @@ def submit(
     """
     import submitit  # an extra
 
-    from anomaly_lab import config
-
-    code = config.code()
+    code = record.code()
     executor: Any = submitit.AutoExecutor(logs, cluster="slurm", slurm_python=f"{_DEAF} {sys.executable}")
     executor.update_parameters(
         **{name if name in _PORTABLE else f"slurm_{name}": value for name, value in sbatch.items()}
@@ -158,9 +156,7 @@ class QueuedRun(NamedTuple):
         notice = Notice(folder)
         for wanted in (signal.SIGUSR2, signal.SIGTERM):
             signal.signal(wanted, notice)
-        from anomaly_lab import config
-
-        os.environ[config.SUBMITTED] = json.dumps(self.code)
+        os.environ[record.SUBMITTED] = json.dumps(self.code)
         before = _version(folder / record.FAILURE)
         try:
             made = self.make(*arguments)

@@ -203,7 +203,7 @@ def job(cfg: DictConfig) -> float | None:
     """
     hydra = HydraConfig.get()
     words = list(hydra.overrides.task)
-    queued = config.SUBMITTED in os.environ  # nothing else is made by this process, and its sweep is over
+    queued = record.SUBMITTED in os.environ  # nothing else is made by this process, and its sweep is over
     sweep = hydra.mode == RunMode.MULTIRUN
     journal = Journal(Path(os.environ[JOURNAL])) if sweep and JOURNAL in os.environ and not queued else None
     if journal is not None:
@@ -348,7 +348,7 @@ def _print_result(result: Mapping[str, Any], out: Path) -> None:
     rows += [
         ("training", f"{result['epochs']} epochs, {result['seconds']['fit']:.0f} s on {result['device']}"),
         ("result", str(out / "result.json")),
-        ("figures", f"{out / 'figures'}: {', '.join(pictures)}"),
+        *([("figures", f"{out / 'figures'}: {', '.join(pictures)}")] if pictures else []),
     ]
     width = max(len(name) for name, _ in rows)
     _show("\n".join(f"{name:<{width}}  {value}" for name, value in rows), sys.stdout)

@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from anomaly_lab import config, switches
+from anomaly_lab import record, switches
 from anomaly_lab.files import write_atomically
 from anomaly_lab.measure import processor
 
@@ -105,7 +105,7 @@ def main() -> None:
         else:
             content[section] = measure(given.device, given.quick)
             measured = {key: about for key, about in measured.items() if not key.startswith(f"{section}.")}
-        code = config.code()
+        code = record.code()
         measured[name] = {
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "seconds": round(time.perf_counter() - started),

@@ -33,7 +33,13 @@ class Aim(NamedTuple):
     number: int
 
 
-QUICK = ["trainer.progress=false", "trainer.accelerator=cpu", "trainer.threads=1", "logger=none"]
+QUICK = [
+    "trainer.progress=false",
+    "trainer.figures=false",
+    "trainer.accelerator=cpu",
+    "trainer.threads=1",
+    "logger=none",
+]
 TWO_STEPS = ["model.detector.width=4", "model.budget.epoch_steps=2", "model.batch_size=64"]  # an epoch, on digits
 METHODS = {
     "my_knn": ([], [Aim("_finish", 1)]),

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 from conftest import Said
 
-from anomaly_lab import config
+from anomaly_lab import config, record
 
 ROOT = Path(__file__).parent.parent
 
-SMALL = ["model.budget.epoch_steps=1", "model.detector.width=4", "trainer.progress=false"]
+BARE = ["trainer.progress=false", "trainer.figures=false"]
+SMALL = ["model.budget.epoch_steps=1", "model.detector.width=4", *BARE]
 
 PROBE = '''
 import json, os, time
@@ -189,7 +190,7 @@ class Lab(NamedTuple):
 
 
 def environment(data: Path, of: Mapping[str, str] = os.environ) -> dict[str, str]:
-    hidden = ("CUDA_VISIBLE_DEVICES", config.EXTRA_CONFIGS, config.SUBMITTED)
+    hidden = ("CUDA_VISIBLE_DEVICES", config.EXTRA_CONFIGS, record.SUBMITTED)
     return {name: value for name, value in of.items() if name not in hidden} | {"ANOMALY_LAB_DATA": str(data)}
 
 

@@ -332,7 +332,7 @@ PROGRAM = "import sys; from anomaly_lab.cli import train; sys.argv[0] = 'anomaly
 @pytest.mark.timeout(1800)  # three starts and three runs, on whatever share of a core
 def test_signals_stop_all_runs_and_the_same_command_goes_on_to_the_same_bits(tmp_path: Path, data: Path) -> None:
     """Real processes: terminated, resumed, interrupted, resumed."""
-    common = f"{TINY} {SMALL} model.budget.epochs=12 trainer.threads=1 logger=none"
+    common = f"{TINY} {SMALL} model.budget.epochs=12 trainer.threads=1 trainer.figures=false logger=none"
     words = ["-m", "hydra/launcher=abreast", "hydra.launcher.n_jobs=2", "normal_class=0,1,2", *shlex.split(common)]
     command, environment = [sys.executable, "-c", PROGRAM, *words], os.environ | {"ANOMALY_LAB_DATA": str(data)}
     start = partial(subprocess.Popen, command, cwd=tmp_path, env=environment, stdout=-1, stderr=-1, text=True)

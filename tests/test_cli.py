@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import Command, Said
 
-from anomaly_lab import cli, config, sweep
+from anomaly_lab import cli, config, record, sweep
 
 TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 trainer.progress=false"
 
@@ -120,6 +120,15 @@ def test_one_run_prints_its_result_and_a_second_call_only_reads_it(lab: Command)
     assert re.search(r"^oracle AUROC +0\.988  \(best epoch on the test labels: not a result\)$", lab(TINY).out, re.M)
 
 
+@pytest.mark.drawn
+def test_a_run_without_figures_is_the_same_run(lab: Command) -> None:
+    code, out, _ = lab(f"{TINY} trainer.figures=false logger=tensorboard")
+    assert code == 0 and "figures" not in out
+    [folder] = {path.parent for path in Path("runs").rglob("result.json")}
+    assert not (folder / "figures").exists()
+    assert lab(TINY) == (0, out, ""), "it is done"
+
+
 def test_a_sweep_goes_on_after_a_failure_counts_it_and_tries_it_again(lab: Command) -> None:
     grid = f"-m {TINY} normal_class=0,99 model.optimizer.lr=1e-4,1e30"
     code, out, err = lab(grid)
@@ -145,7 +154,7 @@ def test_a_sweep_goes_on_after_a_failure_counts_it_and_tries_it_again(lab: Comma
 
 
 def test_a_run_that_fails_in_a_queued_job_is_the_jobs_failure(lab: Command, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(config.SUBMITTED, "null")
+    monkeypatch.setenv(record.SUBMITTED, "null")
     code, out, err = lab(f"-m {TINY} normal_class=99")
     assert (code, out) == (cli.MISTAKE, ""), "no summary: nothing else was asked of this process"
     assert "no class 99" in err

@@ -65,6 +65,7 @@ def test_what_can_change_a_result_makes_another_run(override: str) -> None:
         "trainer.measure_leak=true",
         "trainer.score_batch_size=7",
         "trainer.checkpoint_every=2",
+        "trainer.figures=false",
         "trainer.cuda_graphs=true",
         "trainer.channels_last=true",
         "trainer.feature_cache_gb=0",
@@ -209,6 +210,7 @@ ALLOWED = {
         "files",
         "players",
         "randomness",
+        "record",
         "turns",
     },
     "cli": {"errors", "files"},
@@ -283,7 +285,7 @@ LATE = {
     "report": {"config", "figures", "run", "tracking", "hydra", "jinja2"},
     "record": {"metrics", "numpy"},
     "results": {"pandas"},
-    "slurm": {"config", "submitit"},
+    "slurm": {"submitit"},
     "sweep": {"run", "tracking", "lightning", "torch"},
     "switches": {"torch"},
     "tables": {"pandas", "scipy"},
@@ -404,6 +406,11 @@ def test_each_choice_of_files_is_composed_once_and_each_job_is_what_hydra_compos
     jobs += [["split.contamination.rate=0.05", "trainer.precision=tf32", "logger=none", "runs=my runs", "data_dir=a/b"]]
     jobs += [["model.scheduler={a:1,b:{c:2}}", "model.scheduler.b.c=3", "model.input.range=[0,1]"]]
     jobs += [["experiment=jia2022_mnist_small", "model.budget.epochs=3", "model.budget.epochs=4", "size=full"]]
+    jobs += [
+        ["dataset=mnist", "model=ede", "split=official"],
+        ["split=official", "logger=csv", "model=ede", "dataset=mnist"],
+    ]
+    jobs += [["experiment=jia2022_mnist_small", "dataset=digits", "split=pooled", "normal_class=3"]]
     expected = [config.without_hydra(config._compose(job)) for job in jobs]
     config._composed.cache_clear()
     real, calls = config._compose, []
@@ -411,9 +418,9 @@ def test_each_choice_of_files_is_composed_once_and_each_job_is_what_hydra_compos
     found = [config.compose(job) for job in jobs]
     assert [OmegaConf.to_yaml(cfg) for cfg in found] == [OmegaConf.to_yaml(cfg) for cfg in expected]
     assert all(OmegaConf.is_struct(cfg) for cfg in found)
-    assert len(jobs) == 31 and len(calls) == 2 + 4
-    found[-1].model.budget.epochs = 99
-    assert config.compose(jobs[-1]).model.budget.epochs == 4, "what is kept is nobody's"
+    assert len(jobs) == 34 and len(calls) == 2 + 6
+    found[30].model.budget.epochs = 99
+    assert config.compose(jobs[30]).model.budget.epochs == 4, "what is kept is nobody's"
 
 
 def test_ones_own_yamls_are_composed_as_they_were_written_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Said
-from laboratory import Lab, environment, unlimited, until
+from laboratory import BARE, Lab, environment, unlimited, until
 from omegaconf import OmegaConf
 
 from anomaly_lab import cli
@@ -44,7 +44,7 @@ def test_the_parallel_launcher_deals_out_cores_and_gpus(
 ) -> None:
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs pip install 'anomaly-lab[parallel]'")
     lab = Lab(tmp_path, unlimited(data) | {"CUDA_VISIBLE_DEVICES": visible}).with_probe(at_once=2)
-    grid = ["model=probe", "seed=0,1,2,3,4", "trainer.accelerator=cpu", "trainer.progress=false"]
+    grid = ["model=probe", "seed=0,1,2,3,4", "trainer.accelerator=cpu", *BARE]
     said = lab("-m", "hydra/launcher=parallel", *options, *grid)
     assert said.code == cli.DONE and said.out.endswith("5 runs: 5 done\n"), said
     # A file for each pair of process and GPU: two workers, and none of them has ever changed its GPU.
@@ -57,7 +57,7 @@ def test_a_worker_that_is_killed_takes_no_other_run_along(tmp_path: Path, data: 
     pytest.importorskip("hydra_plugins.hydra_joblib_launcher", reason="needs pip install 'anomaly-lab[parallel]'")
     lab = Lab(tmp_path, environment(data) | {"OMP_NUM_THREADS": "1"}).with_deadly()
     moods = "model.detector.mood=dies,fine,raises,calm,merry"
-    code, out, err = lab("-m", "hydra/launcher=parallel", "model=deadly", moods, "trainer.progress=false")
+    code, out, err = lab("-m", "hydra/launcher=parallel", "model=deadly", moods, *BARE)
     assert code == cli.FAILED, out + err
     [counts] = re.findall(r"^5 runs: (.*)$", out, re.M)
     assert set(counts.split(", ")) == {"3 done", "1 failed", "1 interrupted"}, out + err
@@ -100,7 +100,7 @@ def test_a_number_of_jobs_that_is_none_gets_one_line(lab_here: Callable[..., Sai
 @pytest.mark.slow
 def test_of_two_processes_that_start_the_same_run_the_second_leaves(tmp_path: Path, data: Path) -> None:
     lab = Lab(tmp_path, environment(data) | {"OMP_NUM_THREADS": "1"}).with_probe(at_once=2)
-    words = ["model=probe", "trainer.progress=false"]
+    words = ["model=probe", *BARE]
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(lab, *words)
         try:

@@ -26,6 +26,8 @@ SHRINK: dict[str, object] = {
     "model.detector.search_steps": 3,
     "model.detector.starts": 2,
     "model.detector.flips": False,
+    "model.detector.orders": 2,
+    "model.detector.samples": 8,
     "model.detector.units": 4,
     "model.detector.encoder_widths": [4, 4, 4, 4],
     "model.detector.generator_widths": [4, 4, 4, 4],
@@ -71,6 +73,7 @@ def flat(section: Mapping[Any, Any], prefix: str = "") -> dict[str, object]:
     return found
 
 
+@functools.cache
 def written(model: str) -> DictConfig:
     """A model's yaml on top of those that it starts from, not composed: sixty compositions take a test process 12 s."""
     read = OmegaConf.load(config.CONFIG_DIR / "model" / f"{model}.yaml")

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from laboratory import GATED_MODEL, Lab, environment, unlimited, until
+from laboratory import BARE, GATED_MODEL, Lab, environment, unlimited, until
 
 from anomaly_lab import cli
 
@@ -81,7 +81,7 @@ def test_a_run_whose_worker_is_killed_goes_on_in_another_to_the_same_bytes(tmp_p
 
 def test_a_run_that_kills_every_worker_fails_alone(tmp_path: Path, data: Path) -> None:
     lab = Lab(tmp_path, environment(data) | {"OMP_NUM_THREADS": "1"}).with_deadly()
-    words = ["model=deadly", "model.detector.mood=dies,fine,raises", "trainer.progress=false"]
+    words = ["model=deadly", "model.detector.mood=dies,fine,raises", *BARE]
     code, out, err = lab(*ON_RAY, *NO_GPU, "hydra.launcher.remote.max_retries=1", *words)
     assert code == cli.FAILED, out + err
     [counts] = re.findall(r"^3 runs: (.*)$", out, re.M)
@@ -121,7 +121,7 @@ def cluster() -> Iterator[str]:
 
 def test_two_runs_share_a_gpu_of_a_cluster_that_is_joined(tmp_path: Path, data: Path, cluster: str) -> None:
     lab = Lab(tmp_path, unlimited(data)).with_probe(at_once=2)
-    words = ["model=probe", "seed=0,1", "trainer.progress=false"]
+    words = ["model=probe", "seed=0,1", *BARE]
     said = lab(*ON_RAY, f"hydra.launcher.init.address={cluster}", *words)
     assert said.code == cli.DONE and said.out.endswith("2 runs: 2 done\n"), said
     assert lab.probes() == [{"gpu": "0", "threads": 1}] * 2, "two halves of one"

@@ -20,10 +20,10 @@ import pytest
 import throwaway_slurm
 from conftest import Said
 from hydra.core.utils import JobReturn, JobStatus
-from laboratory import GATED_MODEL, ROOT, SMALL, Lab, environment, until
+from laboratory import BARE, GATED_MODEL, ROOT, SMALL, Lab, environment, until
 from throwaway_slurm import Cluster
 
-from anomaly_lab import cli, config
+from anomaly_lab import cli, record
 from anomaly_lab.slurm import JOB_FILE, Notice, QueuedRun
 
 EPOCHS = 8
@@ -120,7 +120,7 @@ def empty(cluster: Cluster) -> Callable[[], bool]:
 @on_slurm
 def test_a_grid_is_submitted_and_left_and_the_same_command_fills_what_is_missing(lab: Lab, cluster: Cluster) -> None:
     lab = lab.with_probe(at_once=99)
-    grid = [*SLURM, "model=probe", "trainer.progress=false"]
+    grid = [*SLURM, "model=probe", *BARE]
     first = lab(*grid, "normal_class=0,1,2,99", "hydra.launcher.array_parallelism=2")
     assert first.code == cli.FAILED and "no class 99" in first.err, "what cannot be made is said at once"
     job = submitted(first)
@@ -296,8 +296,8 @@ def test_a_job_that_starts_with_other_code_than_was_submitted_says_so(
 def test_the_hash_of_the_changes_covers_code_and_configurations_alone(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(config, "_PACKAGE", checkout / "anomaly_lab")
-    code = config.code.__wrapped__
+    monkeypatch.setattr(record, "_CHECKOUT", checkout)
+    code = record.code.__wrapped__
     clean = code()
     assert len(clean["sha"]) == 40 and clean == {"sha": clean["sha"], "dirty": False, "diff": None}
     (checkout / "README.md").write_text("notes")
@@ -310,7 +310,7 @@ def test_the_hash_of_the_changes_covers_code_and_configurations_alone(
     (checkout / "anomaly_lab" / "files.py").unlink()
     three = code()["diff"]
     assert len({None, one, two, three}) == 4
-    monkeypatch.setattr(config, "_PACKAGE", checkout / "conf" / "elsewhere")
+    monkeypatch.setattr(record, "_CHECKOUT", checkout / "conf")
     assert code() == {"sha": None, "dirty": None, "diff": None}
 
 
@@ -414,7 +414,7 @@ def queued(make: Callable[[], JobReturn], folder: Path) -> None:
 
 
 def test_whatever_a_job_fails_of_is_recorded_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(config.SUBMITTED, "")  # put back afterwards
+    monkeypatch.setenv(record.SUBMITTED, "")  # put back afterwards
     failure = tmp_path / "failure.json"
     failure.write_text("{}")  # of an earlier attempt
 
@@ -438,7 +438,7 @@ def test_whatever_a_job_fails_of_is_recorded_once(tmp_path: Path, monkeypatch: p
 
 
 def test_a_job_whose_run_is_done_or_put_back_leaves_no_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(config.SUBMITTED, "")
+    monkeypatch.setenv(record.SUBMITTED, "")
     queued(lambda: JobReturn(overrides=[], status=JobStatus.COMPLETED), tmp_path)
 
     def put_back() -> JobReturn:
