@@ -14,6 +14,7 @@ import math
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -177,15 +178,29 @@ def _with_keys(cfg: DictConfig, words: Sequence[str], before: DictConfig) -> Dic
     return cfg
 
 
-def _compose(overrides: Sequence[str]) -> DictConfig:
+@contextmanager
+def _hydra() -> Iterator[None]:
     # Inside a running Hydra job the global state is taken; put it aside and restore it.
     state = GlobalHydra.instance().hydra
     GlobalHydra.instance().hydra = None
     try:
         with initialize_config_dir(str(CONFIG_DIR), job_name="anomaly-lab", version_base="1.3"):
-            return hydra_compose("train", overrides=[*overrides, *search_path()], return_hydra_config=True)
+            yield
     finally:
         GlobalHydra.instance().hydra = state
+
+
+def _compose(overrides: Sequence[str]) -> DictConfig:
+    with _hydra():
+        return hydra_compose("train", overrides=[*overrides, *search_path()], return_hydra_config=True)
+
+
+def _parse(overrides: Sequence[str]) -> list[Override]:
+    loader = None
+    if any("glob(" in word for word in overrides):  # its names come from the folders of conf/
+        with _hydra():
+            loader = GlobalHydra.instance().config_loader()
+    return OverridesParser.create(config_loader=loader).parse_overrides(list(overrides))
 
 
 def without_hydra(composed: DictConfig) -> DictConfig:
@@ -240,7 +255,7 @@ def grids(overrides: Sequence[str]) -> list[list[str]]:
 
 def _grids(overrides: Sequence[str]) -> list[tuple[list[str], Sweep | None]]:
     """`grids`, each with the multirun that it describes where that had to be composed."""
-    parsed = OverridesParser.create().parse_overrides(overrides=list(overrides))
+    parsed = _parse(overrides)
     rest = [text for text, one in zip(overrides, parsed, strict=True) if one.get_key_element() != "experiment"]
     named = [one for one in parsed if one.get_key_element() == "experiment"]
     if named and named[-1].is_sweep_override():
@@ -266,7 +281,7 @@ def _jobs(overrides: Sequence[str], own: Sweep) -> list[list[str]]:
         raise ValueError("this sweeper chooses its points while it runs: there is no list of them beforehand")
     given = [f"{key}={value}" for key, value in own.grid.items()] + list(overrides)
     choices: dict[str, list[str]] = {}
-    for override in OverridesParser.create().parse_overrides(overrides=given):
+    for override in _parse(given):
         key = override.get_key_element()
         if override.is_sweep_override():
             choices[key] = [f"{key}={value}" for value in _values(override)]
@@ -282,7 +297,7 @@ def _values(swept: Override) -> list[str]:
 
 
 def _without_sweeps(overrides: Sequence[str]) -> list[str]:
-    parsed = OverridesParser.create().parse_overrides(overrides=list(overrides))
+    parsed = _parse(overrides)
     return [text for text, override in zip(overrides, parsed, strict=True) if not override.is_sweep_override()]
 
 
@@ -380,10 +395,8 @@ def model_name(cfg: DictConfig) -> str:
 def settings(cfg: DictConfig, keys: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Every key that can change a result with its value, and the checksum of the images: kept with what was made.
 
-    A fused run's settings include its members', prefixed with their names.
-
-    Args:
-        keys: those of ``cfg`` itself where they have been taken out of it before, which takes longest.
+    A fused run's settings include its members', prefixed with their names. ``keys`` are those of ``cfg`` itself where
+    they have been taken out of it before, which takes longest.
     """
     own = dict(keys or _identity_keys(cfg)) | {"images": load_images(cfg).sha256}
     for member in members(cfg):
@@ -392,10 +405,7 @@ def settings(cfg: DictConfig, keys: Mapping[str, Any] | None = None) -> dict[str
 
 
 def changed(cfg: DictConfig, keys: Mapping[str, Any] | None = None) -> dict[str, Any]:
-    """Every key that can change a result and differs from the defaults of the chosen groups; empty for a plain run.
-
-    ``keys`` as in `settings`.
-    """
+    """Every key that can change a result and is not the default of the chosen groups; ``keys`` as in `settings`."""
     own = keys or _identity_keys(cfg)
     default, _ = _defaults_of(cfg)
     differing = (key for key in sorted(own.keys() | default.keys()) if own.get(key) != default.get(key))

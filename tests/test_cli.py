@@ -120,6 +120,12 @@ def test_one_run_prints_its_result_and_a_second_call_only_reads_it(lab: Command)
     assert re.search(r"^oracle AUROC +0\.988  \(best epoch on the test labels: not a result\)$", lab(TINY).out, re.M)
 
 
+def test_models_are_named_by_a_pattern(lab: Command) -> None:
+    code, out, err = lab("-m 'model=glob([mean*,kn*],exclude=*nothing)' trainer.progress=false logger=none")
+    assert (code, err, out.splitlines()[-1]) == (0, "", "2 runs: 2 done")
+    assert lab("-m --dry-run 'model=glob(mean*)'") == (0, "1 run: 1 done, 0 to do\n", "")
+
+
 @pytest.mark.drawn
 def test_a_run_without_figures_is_the_same_run(lab: Command) -> None:
     code, out, _ = lab(f"{TINY} trainer.figures=false logger=tensorboard")
