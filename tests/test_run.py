@@ -19,7 +19,7 @@ from conftest import process_state
 from lightning import Callback
 from omegaconf import DictConfig
 
-from anomaly_lab import config, metrics
+from anomaly_lab import config, metrics, record
 from anomaly_lab.course import Diverged
 from anomaly_lab.files import write_atomically
 from anomaly_lab.measure import processor
@@ -387,10 +387,10 @@ def test_a_run_names_all_code_that_trained_it(tmp_path: Path, monkeypatch: pytes
     cfg = tiny(tmp_path / "runs")
     codes = [{"sha": letter * 40, "dirty": letter == "b", "diff": None} for letter in "aba"]
     for code, stop in zip(codes, (Stop(8), StopLater("on_train_end")), strict=False):
-        monkeypatch.setattr(config, "code", lambda code=code: code)
+        monkeypatch.setattr(record, "code", lambda code=code: code)
         with pytest.raises(RuntimeError):
             run(cfg, [stop])
-    monkeypatch.setattr(config, "code", lambda: codes[-1])  # which scores what is trained, and came first as well
+    monkeypatch.setattr(record, "code", lambda: codes[-1])  # which scores what is trained, and came first as well
     result = run(cfg)
     assert result is not None and result["git"] == codes[0] and result["earlier_code"] == [codes[1]]
 

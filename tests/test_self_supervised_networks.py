@@ -258,7 +258,8 @@ def test_the_unet_moves_first_and_the_critic_sees_what_it_rebuilt_before() -> No
 
 def test_its_score_is_the_error_of_each_order_in_units_of_normal_images() -> None:
     made, x = puzzle("model.detector.orders=23").eval(), images(3)
-    assert made.chosen == list(range(1, 24)) and puzzle().chosen == [1, 4, 8, 12, 16, 20]
+    assert made.chosen == list(range(1, 24))
+    assert puzzle("model.detector.orders=6").chosen == [1, 4, 8, 12, 16, 20]
     with torch.no_grad():
         expected = torch.zeros(3)
         for order in list(itertools.permutations(range(4)))[1:]:
