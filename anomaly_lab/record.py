@@ -37,7 +37,7 @@ SUBMITTED = "ANOMALY_LAB_SUBMITTED"
 _CODE = ("anomaly_lab", "hydra_plugins", "conf")
 """What a run reads of a checkout: uncommitted changes elsewhere (notes, pages) change no result."""
 
-_CHECKOUT = Path(__file__).resolve().parent.parent
+_ROOT = Path(__file__).resolve().parent.parent
 
 FAILURE = "failure.json"
 """Why a run has no result; goes when it gets one."""
@@ -52,15 +52,15 @@ def code() -> dict[str, Any]:
     """
 
     def git(*words: str) -> str:
-        command = ["git", "-C", str(_CHECKOUT), *words]
+        command = ["git", "-C", str(_ROOT), *words]
         return subprocess.run(command, capture_output=True, text=True, check=True, errors="replace").stdout
 
     try:
-        if Path(git("rev-parse", "--show-toplevel").strip()) != _CHECKOUT:
+        if Path(git("rev-parse", "--show-toplevel").strip()) != _ROOT:
             return {"sha": None, "dirty": None, "diff": None}  # installed inside somebody else's repository
         changes = git("diff", "HEAD", "--binary", "--no-ext-diff", "--no-color", "--", *_CODE)
         for name in git("ls-files", "-z", "--others", "--exclude-standard", "--", *_CODE).split("\0")[:-1]:
-            changes += f"{name}\n{(_CHECKOUT / name).read_text(errors='replace')}"
+            changes += f"{name}\n{(_ROOT / name).read_text(errors='replace')}"
         return {
             "sha": git("rev-parse", "HEAD").strip(),
             "dirty": bool(git("status", "--porcelain")),

@@ -335,7 +335,7 @@ def soak(
         figures["sweeps"] += 1
         shutil.rmtree(place.home) if not figures["faults"] else print(f"kept: {place.home}", file=sys.stderr)
         figures["seconds"] = round(time.monotonic() - started, 1)
-        figures["runs"] = figures["sweeps"] * place.size
+        figures["runs"] = figures["sweeps"] * undisturbed.size
         note(figures)
     if not figures["faults"]:
         for folder in systems:

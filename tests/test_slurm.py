@@ -296,7 +296,7 @@ def test_a_job_that_starts_with_other_code_than_was_submitted_says_so(
 def test_the_hash_of_the_changes_covers_code_and_configurations_alone(
     checkout: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(record, "_CHECKOUT", checkout)
+    monkeypatch.setattr(record, "_ROOT", checkout)
     code = record.code.__wrapped__
     clean = code()
     assert len(clean["sha"]) == 40 and clean == {"sha": clean["sha"], "dirty": False, "diff": None}
@@ -310,7 +310,7 @@ def test_the_hash_of_the_changes_covers_code_and_configurations_alone(
     (checkout / "anomaly_lab" / "files.py").unlink()
     three = code()["diff"]
     assert len({None, one, two, three}) == 4
-    monkeypatch.setattr(record, "_CHECKOUT", checkout / "conf")
+    monkeypatch.setattr(record, "_ROOT", checkout / "conf")
     assert code() == {"sha": None, "dirty": None, "diff": None}
 
 
