@@ -393,6 +393,34 @@ def test_the_leak_of_batch_norm_is_shown_as_no_result(runs: Runs) -> None:
     ]
 
 
+def test_what_a_choice_of_the_setting_by_test_labels_adds_is_shown_as_no_result(runs: Runs) -> None:
+    for gamma, first, second in ((None, 0.6, 0.7), (0.1, 0.9, 0.4), (0.2, 0.7, 0.8)):
+        changed = {"model.detector.gamma": gamma} if gamma else {}
+        runs.add(first, model="ocsvm", changed=changed)
+        runs.add(second, model="ocsvm", changed=changed, c=8)
+    runs.add(0.99, model="ocsvm", changed={"model.detector.gamma": 0.1}, c=9)  # not of all settings
+    runs.add(0.5, model="knn")
+    for epochs in (1, 2):
+        runs.add(0.3 * epochs, model="ede_small", changed={"model.budget.epochs": epochs})  # without the shipped one
+    lines = report.markdown(report.sections(results.read(runs.root))).splitlines()
+    head = lines.index("| method | settings | classes | shipped | best for all | best for each | each - shipped |")
+    assert "neither is a result" in lines[head - 2]
+    assert lines[head + 2 : head + 5] == [
+        "| `ede_small` | 2 | 1 |  | 0.600 | 0.600 |  |",
+        "| `ocsvm` | 3 | 2 | 0.650 | 0.750 | 0.850 | +0.200 |",
+        "",
+    ]
+
+
+def test_settings_on_contaminated_data_are_compared_among_themselves(runs: Runs) -> None:
+    for rate in (0.01, 0.05):
+        runs.add(0.6, model="knn", changed={"split.contamination.rate": rate})
+        runs.add(0.8, model="knn", changed={"split.contamination.rate": rate, "model.detector.k": 1})
+    text = report.markdown(report.sections(results.read(runs.root)))
+    for rate in ("0.01", "0.05"):
+        assert f"| `knn [split.contamination.rate={rate}]` | 2 | 1 | 0.600 | 0.800 | 0.800 | +0.200 |" in text
+
+
 def test_the_page_says_what_called_an_image_anomalous(runs: Runs) -> None:
     runs.add(0.6, model="aae_small", more={"decided_by": "own rule"})
     runs.add(0.7, model="ede_small", more={"decided_by": "held-out normals"})
