@@ -145,6 +145,7 @@ def _lines(shown: Table, oracle: bool) -> Iterator[_Line]:
     for heading, rows in blocks:
         if heading and rows:
             yield _Line("block", heading, [""] * (len(keys) + 1))
+        above: list[_Line] = []  # what was published for the row above: not repeated under its other settings
         for row in rows:
             cells = [row.cells[key] for key in keys]
             seeds = str(row.seeds) if row.seeds == shown.seeds else f"{row.seeds}/{shown.seeds}"
@@ -152,6 +153,7 @@ def _lines(shown: Table, oracle: bool) -> Iterator[_Line]:
             kinds = dict.fromkeys((c.published.status, c.published.setting) for c in cells if c.published)
             if all(c.difference is None for c in cells):
                 kinds = {}  # nothing of this row can be compared
+            figures: list[_Line] = []
             for standing, setting in kinds:
                 words = [standing, *([setting] if setting else []), *(["full size"] if row.reduced else [])]
                 texts = [
@@ -159,7 +161,9 @@ def _lines(shown: Table, oracle: bool) -> Iterator[_Line]:
                     for c in cells
                 ]
                 whose = f" for {row.published_as}" if row.published_as else ""
-                yield _Line("published", f"published{whose} ({', '.join(words)})", [*texts, ""])
+                figures.append(_Line("published", f"published{whose} ({', '.join(words)})", [*texts, ""]))
+            yield from figures if figures != above else []
+            above = figures
             if any(c.difference is not None for c in cells):
                 yield _Line("difference", "difference", [*(_signed(c.difference) for c in cells), ""])
             if oracle and any(c.oracle is not None for c in cells):
@@ -274,7 +278,7 @@ def _kinds(frame: pd.DataFrame) -> _Extra:
             for kind in ("seen", "unseen")
         ]
         if any(figures):
-            size = ", full size" if run.size == "small" else ""
+            size = ", full size" if run.model != run.method else ""
             status = ", ".join(sorted({figure.status for figure in figures if figure}))
             texts = [f"{figure.value:.2f}" if figure else "" for figure in figures]
             rows.append([f"published ({status}{size})", "", "", "", "", "", *texts, ""])

@@ -120,9 +120,8 @@ def table(frame: pd.DataFrame, dataset: str, split: str, expected: Sequence[Job]
         whole = part["classes"][part["problem"] == run["problem"]].max()  # NaN where no run recorded it
         cells["mean"] = _mean_cell(own, cells, None if math.isnan(whole) else int(whole), figures.get("mean"))
         other = run["published_as"] if run["published_as"] != run["method"] else ""
-        rows.append(
-            Row(name, cells, own["seed"].nunique(), run["size"] == "small", run["pretrained"], run["labels"], other)
-        )
+        reduced = run["model"] != run["method"]  # a method of one size has it in full, whatever size= was
+        rows.append(Row(name, cells, own["seed"].nunique(), reduced, run["pretrained"], run["labels"], other))
     role = str(part["role"].iloc[0]) if len(part) else "normal"
     return Table(dataset, split, role, classes, len(seeds), tuple(rows), len(part))
 

@@ -35,6 +35,14 @@ def test_published_figure_and_difference_stand_beside_ours(runs: Runs) -> None:
     assert "_small are a reduced size" in text
 
 
+def test_a_published_figure_is_not_repeated_under_each_setting_of_its_method(runs: Runs) -> None:
+    for alpha in (1, 2, 3):
+        runs.add(0.98, model=SHARED, changed={"model.detector.alpha": alpha})
+    runs.add(0.9, model="vae_small")
+    text = report.markdown(report.sections(results.read(runs.root)))
+    assert text.count("*difference*") == 4 and text.count("*0.986*") == text.count("*0.997*") == 1
+
+
 def test_full_size_is_not_called_reduced(runs: Runs) -> None:
     runs.add(0.98, model="shared_ae")
     text = report.markdown(report.sections(results.read(runs.root)))
@@ -68,6 +76,12 @@ def test_a_size_is_what_the_configuration_says_not_how_a_model_is_called(runs: R
     text = report.markdown(report.sections(results.read(runs.root)))
     assert text.count("published (verified, full size)") == 1 and "*−0.006*" in text
     assert text.count("difference") == 1, "shared_ae_small is a method that nobody published"
+
+
+def test_a_method_of_one_size_has_it_in_full_whatever_the_configuration_asks_for(runs: Runs) -> None:
+    runs.add(0.9, model="kde", config={"size": "small", "choices": {"model": "kde"}})
+    text = report.markdown(report.sections(results.read(runs.root)))
+    assert "published (verified)" in text and "full size" not in text and "reduced" not in text
 
 
 def test_abnormal_role_is_said(runs: Runs) -> None:
