@@ -145,7 +145,7 @@ def _lines(shown: Table, oracle: bool) -> Iterator[_Line]:
     for heading, rows in blocks:
         if heading and rows:
             yield _Line("block", heading, [""] * (len(keys) + 1))
-        above: list[_Line] = []  # what was published for the row above: not repeated under its other settings
+        above: tuple[str, list[_Line]] = "", []  # of the row above: not repeated under its method's other settings
         for row in rows:
             cells = [row.cells[key] for key in keys]
             seeds = str(row.seeds) if row.seeds == shown.seeds else f"{row.seeds}/{shown.seeds}"
@@ -162,8 +162,8 @@ def _lines(shown: Table, oracle: bool) -> Iterator[_Line]:
                 ]
                 whose = f" for {row.published_as}" if row.published_as else ""
                 figures.append(_Line("published", f"published{whose} ({', '.join(words)})", [*texts, ""]))
-            yield from figures if figures != above else []
-            above = figures
+            yield from figures if (row.label.partition(" [")[0], figures) != above else []
+            above = row.label.partition(" [")[0], figures
             if any(c.difference is not None for c in cells):
                 yield _Line("difference", "difference", [*(_signed(c.difference) for c in cells), ""])
             if oracle and any(c.oracle is not None for c in cells):
@@ -341,14 +341,14 @@ def _settings(frame: pd.DataFrame) -> _Extra:
             continue
         classes = grid.T.groupby(level=0).mean()  # a row a class
         one, each = classes.mean().max(), classes.max(axis=1).mean()
-        own = [classes[label].mean() for label in part["label"][part["own"]].unique()]
+        own = [classes[label].mean() for label in part["label"][part["own"]].unique() if label in classes]
         texts = [f"{own[0]:.3f}" if own else "", f"{one:.3f}", f"{each:.3f}", _signed(each - own[0] if own else None)]
         name = results.label(str(model), str(problem) if frame["problem"].nunique() > 1 else "")
         rows.append([name, str(len(grid)), str(len(classes)), *texts])
     note = (
-        "What a choice of the setting by test labels would add: the AUROC of the shipped setting; that of the best "
-        "setting above, one for all classes or one for each. A rule that sees test labels reaches the last two; "
-        "neither is a result."
+        "What a choice of the setting by test labels would add, over the classes and seeds that all settings have: the "
+        "AUROC of the shipped setting (empty: not among them); that of the best one, for all classes or for each. "
+        "Rules that see test labels reach the last two; neither is a result, and of noisy runs the best is never worse."
     )
     header = ["method", "settings", "classes", "shipped", "best for all", "best for each", "each - shipped"]
     return _Extra("Settings chosen by test labels", note, header, rows)

@@ -39,8 +39,10 @@ def test_a_published_figure_is_not_repeated_under_each_setting_of_its_method(run
     for alpha in (1, 2, 3):
         runs.add(0.98, model=SHARED, changed={"model.detector.alpha": alpha})
     runs.add(0.9, model="vae_small")
+    for model in ("shared_ae_printed", "shared_ae_twin"):  # compared with one method, each with its figures below it
+        runs.add(0.9, model=model, config={"model": {"published": "vae"}})
     text = report.markdown(report.sections(results.read(runs.root)))
-    assert text.count("*difference*") == 4 and text.count("*0.986*") == text.count("*0.997*") == 1
+    assert text.count("*difference*") == 6 and (text.count("*0.986*"), text.count("*0.997*")) == (1, 3)
 
 
 def test_full_size_is_not_called_reduced(runs: Runs) -> None:
@@ -416,6 +418,7 @@ def test_what_a_choice_of_the_setting_by_test_labels_adds_is_shown_as_no_result(
     runs.add(0.5, model="knn")
     for epochs in (1, 2):
         runs.add(0.3 * epochs, model="ede_small", changed={"model.budget.epochs": epochs})  # without the shipped one
+        runs.add(0.5, model="vae_small", changed={"model.budget.epochs": epochs}, c=epochs)  # of no class in common
     lines = report.markdown(report.sections(results.read(runs.root))).splitlines()
     head = lines.index("| method | settings | classes | shipped | best for all | best for each | each - shipped |")
     assert "neither is a result" in lines[head - 2]
