@@ -71,7 +71,7 @@ def ranking(frame: pd.DataFrame) -> Ranking:
     from scipy.stats import f, friedmanchisquare, studentized_range
 
     frame = frame[~frame["labels"]]
-    names = [method_of(run.method, run.dataset, run.changed, run.problem) for run in frame.itertuples()]
+    names = _names(frame)
     wide = frame.assign(name=names).groupby([*PROBLEM, "name"])["auroc"].mean().unstack("name")
     counts = wide.notna().sum()
     whole = wide[counts[counts == len(wide)].index].round(12)  # equal to the last bits of a float: tied
@@ -90,13 +90,22 @@ def ranking(frame: pd.DataFrame) -> Ranking:
     return Ranking(ranks, whole.mean()[ranks.index], n, left, p, q * math.sqrt(k * (k + 1) / (6 * n)))
 
 
+def _names(frame: pd.DataFrame) -> list[str]:
+    """The method of each run; its small size stands for itself where the frame has both."""
+    both = frame.groupby("method")["model"].transform("nunique") > 1
+    return [
+        method_of(run.model if two else run.method, run.dataset, run.changed, run.problem)
+        for run, two in zip(frame.itertuples(), both, strict=True)
+    ]
+
+
 def method_of(method: str, dataset: str, changed: str = "", problem: str = "") -> str:
-    """The name under which a method stands on all data sets: `hrn_cifar10` is `hrn` on CIFAR-10.
+    """The name under which a method stands on all data sets: `hrn_cifar10` is `hrn` on CIFAR-10, its small size too.
 
     What a run changed, beyond the problem, stays part of it.
     """
     own = [item for item in changed.split() if item not in problem.split()]
-    name = re.sub(f"_{dataset.partition('_')[0]}$", "", method)
+    name = re.sub(rf"_{dataset.partition('_')[0]}(?=$|_small$)", "", method)
     return f"{name} [{' '.join(own)}]" if own else name
 
 
@@ -109,7 +118,7 @@ def best_epochs(frame: pd.DataFrame) -> pd.DataFrame:
     import pandas as pd
 
     watched = frame[frame["oracle_auroc"].notna() & (frame["epochs"] > 1)]
-    names = [method_of(run.method, run.dataset, run.changed, run.problem) for run in watched.itertuples()]
+    names = _names(watched)
     watched = watched.assign(name=names, gain=watched["oracle_auroc"] - watched["auroc"])
     rows = []
     for name, runs in watched.groupby("name"):

@@ -20,8 +20,8 @@ ROOT = Path(__file__).parent.parent
 def frame(table: np.ndarray, **more: object) -> pd.DataFrame:
     """A run of method m on problem n for table[n, m]."""
     rows = [
-        {"method": f"m{m}", "dataset": "mnist", "split": "official", "problem": "", "changed": "", "normal_class": n}
-        | {"seed": 0, "labels": False, "auroc": auroc, "oracle_auroc": math.nan, "epochs": 5}
+        {"method": f"m{m}", "model": f"m{m}", "dataset": "mnist", "split": "official", "problem": "", "changed": ""}
+        | {"normal_class": n, "seed": 0, "labels": False, "auroc": auroc, "oracle_auroc": math.nan, "epochs": 5}
         | more
         for n, line in enumerate(table)
         for m, auroc in enumerate(line)
@@ -89,8 +89,17 @@ def test_a_true_null_is_rejected_about_as_often_as_the_level_says() -> None:
 def test_names_lose_their_data_set_and_keep_what_a_run_changed() -> None:
     assert ranking.method_of("hrn_cifar10", "cifar10") == "hrn"
     assert ranking.method_of("deep_svdd_fashion", "fashion_mnist") == "deep_svdd"
+    assert ranking.method_of("hrn_cifar10_small", "cifar10") == "hrn_small"
     assert ranking.method_of("hrn_cifar10", "mnist") == "hrn_cifar10"
     assert ranking.method_of("vae", "mnist", "model.lr=1 split.seed=2", "split.seed=2") == "vae [model.lr=1]"
+
+
+def test_two_sizes_of_a_method_are_not_averaged() -> None:
+    runs = frame(np.array([[0.9, 0.5, 0.6]] * 3))
+    small = runs[runs["method"] == "m0"].assign(model="m0_small", auroc=0.1)
+    runs.loc[runs["method"] == "m1", "model"] = "m1_small"  # of one size alone: the method's name
+    found = ranking.ranking(pd.concat([runs, small], ignore_index=True))
+    assert found.auroc.round(9).to_dict() == {"m0": 0.9, "m2": 0.6, "m1": 0.5, "m0_small": 0.1}
 
 
 def test_what_the_best_epoch_adds_is_counted_over_watched_runs_alone() -> None:
