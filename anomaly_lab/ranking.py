@@ -91,8 +91,10 @@ def ranking(frame: pd.DataFrame) -> Ranking:
 
 
 def _names(frame: pd.DataFrame) -> list[str]:
-    """The method of each run; its small size stands for itself where the frame has both."""
-    both = frame.groupby("method")["model"].transform("nunique") > 1
+    """The method of each run; its small size stands for itself where the frame has both, on whatever data sets."""
+    plain = [method_of(run.method, run.dataset) for run in frame.itertuples()]
+    sizes = frame.assign(plain=plain, small=frame["model"] != frame["method"]).groupby("plain")["small"]
+    both = sizes.transform("nunique") > 1
     return [
         method_of(run.model if two else run.method, run.dataset, run.changed, run.problem)
         for run, two in zip(frame.itertuples(), both, strict=True)

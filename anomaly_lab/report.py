@@ -162,8 +162,8 @@ def _lines(shown: Table, oracle: bool) -> Iterator[_Line]:
                 ]
                 whose = f" for {row.published_as}" if row.published_as else ""
                 figures.append(_Line("published", f"published{whose} ({', '.join(words)})", [*texts, ""]))
-            yield from figures if (row.label.partition(" [")[0], figures) != above else []
-            above = row.label.partition(" [")[0], figures
+            said, above = above, (row.label.partition(" [")[0], figures)
+            yield from figures if above != said else []
             if any(c.difference is not None for c in cells):
                 yield _Line("difference", "difference", [*(_signed(c.difference) for c in cells), ""])
             if oracle and any(c.oracle is not None for c in cells):

@@ -100,6 +100,10 @@ def test_two_sizes_of_a_method_are_not_averaged() -> None:
     runs.loc[runs["method"] == "m1", "model"] = "m1_small"  # of one size alone: the method's name
     found = ranking.ranking(pd.concat([runs, small], ignore_index=True))
     assert found.auroc.round(9).to_dict() == {"m0": 0.9, "m2": 0.6, "m1": 0.5, "m0_small": 0.1}
+    other = runs[runs["method"] == "m0"].assign(dataset="cifar10", method="m0_cifar10", model="m0_cifar10_small")
+    watched = pd.concat([runs, other], ignore_index=True).assign(oracle_auroc=1.0)
+    counted = ranking.best_epochs(watched).set_index("method")["runs"].to_dict()
+    assert counted == {"m0": 3, "m0_small": 3, "m1": 3, "m2": 3}, "a small size is no full one of another data set"
 
 
 def test_what_the_best_epoch_adds_is_counted_over_watched_runs_alone() -> None:
