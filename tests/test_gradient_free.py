@@ -184,11 +184,11 @@ def sklearns(name: str, made: Any, z: NDArray[np.float64], x: NDArray[np.float64
     return -(fitted.decision_function(x) if name == "ocsvm" else fitted.score_samples(x))
 
 
-@pytest.mark.parametrize("pca_variance", [None, 0.9])
+@pytest.mark.parametrize(("contrast", "pca_variance"), [(False, None), (False, 0.9), (True, 0.9)])
 @pytest.mark.parametrize("name", CLASSICAL)
-def test_classical_scores_are_scikit_learns(name: str, pca_variance: float | None) -> None:
+def test_classical_scores_are_scikit_learns(name: str, contrast: bool, pca_variance: float | None) -> None:
     kind, arguments = CLASSICAL[name]
-    made: Any = kind(SHAPE, pca_variance=pca_variance, **arguments)
+    made: Any = kind(SHAPE, contrast=contrast, pca_variance=pca_variance, **arguments)
     made.randomness.follow(3)
     again = torch.Generator().manual_seed(made.noise.initial_seed())
     train, x = images(200), torch.cat([images(20, seed=1), 3 * images(5, seed=2)])
@@ -201,10 +201,12 @@ def test_classical_scores_are_scikit_learns(name: str, pca_variance: float | Non
         made.score_features(torch.from_numpy(new)), sklearns(name, made, z, new, seed), rtol=1e-5
     )
     assert made.score(x).dtype == torch.float32
+    darker = torch.allclose(made.score(0.5 * x - 0.3), made.score(x), rtol=1e-4)
+    assert darker == contrast, "neither brightness nor contrast count after the normalisation, and both do without"
 
     kept = {"state_dict": made.state_dict()}
     made.on_save_checkpoint(kept)
-    other = kind(SHAPE, pca_variance=pca_variance, **arguments)
+    other = kind(SHAPE, contrast=contrast, pca_variance=pca_variance, **arguments)
     other.on_load_checkpoint(kept)
     other.load_state_dict(kept["state_dict"])
     assert torch.equal(other.score(x), made.score(x)), "all that it found is in the checkpoint"
@@ -213,7 +215,7 @@ def test_classical_scores_are_scikit_learns(name: str, pca_variance: float | Non
 def test_hyper_parameters_follow_from_normals_alone() -> None:
     train = images(150)
     z = train.flatten(1).double()
-    made = fitted(OneClassSVM(SHAPE, pca_variance=None, nu=0.1, gamma=None), train)
+    made = fitted(OneClassSVM(SHAPE, contrast=False, pca_variance=None, nu=0.1, gamma=None), train)
     median = np.median(scipy.spatial.distance.pdist(z.numpy(), "sqeuclidean"))
     assert 1 / float(made.scale) == pytest.approx(median, rel=1e-3)  # torch takes the lower of two middle values
     found = KernelDensity.leave_one_out(z)
@@ -224,23 +226,44 @@ def test_hyper_parameters_follow_from_normals_alone() -> None:
             for j, rest in enumerate(others)
         ]
         assert found[i] == pytest.approx(np.mean(density), rel=1e-6)
-    chosen = fitted(KernelDensity(SHAPE, pca_variance=None, bandwidth=None), train)
+    chosen = fitted(KernelDensity(SHAPE, contrast=False, pca_variance=None, bandwidth=None), train)
     assert float(chosen.width) == BANDWIDTHS[int(np.argmax(found))]
     two = torch.cat([images(100) * 0.1 - 3, images(100, seed=1) * 0.1 + 3])
-    mixture_of_two = fitted(GaussianMixture(SHAPE, pca_variance=None, components=None, ridge=1e-3), two)
+    mixture_of_two = fitted(GaussianMixture(SHAPE, contrast=False, pca_variance=None, components=None, ridge=1e-3), two)
     assert len(mixture_of_two.mean) == 2
 
 
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: OneClassSVM(SHAPE, pca_variance=None, nu=0, gamma=None), "nu=0: give a number above 0"),
-        (lambda: KernelDensity(SHAPE, pca_variance=2, bandwidth=None), "pca_variance=2: give a number above 0"),
-        (lambda: KernelDensity(SHAPE, pca_variance=None, bandwidth=-1), "bandwidth=-1: give a number above 0"),
-        (lambda: IsolationForest(SHAPE, pca_variance=None, trees=0, samples=9), "trees=0, samples=9: give at least"),
-        (lambda: LocalOutlierFactor(SHAPE, pca_variance=None, neighbours=0), "neighbours=0: give a whole number"),
-        (lambda: GaussianMixture(SHAPE, pca_variance=None, components=0, ridge=0.1), "components=0: give a whole"),
-        (lambda: fitted(LocalOutlierFactor(SHAPE, pca_variance=None, neighbours=9), images(9)), "only 9 training"),
+        (
+            lambda: OneClassSVM(SHAPE, contrast=False, pca_variance=None, nu=0, gamma=None),
+            "nu=0: give a number above 0",
+        ),
+        (
+            lambda: KernelDensity(SHAPE, contrast=False, pca_variance=2, bandwidth=None),
+            "pca_variance=2: give a number above 0",
+        ),
+        (
+            lambda: KernelDensity(SHAPE, contrast=False, pca_variance=None, bandwidth=-1),
+            "bandwidth=-1: give a number above 0",
+        ),
+        (
+            lambda: IsolationForest(SHAPE, contrast=False, pca_variance=None, trees=0, samples=9),
+            "trees=0, samples=9: give at least",
+        ),
+        (
+            lambda: LocalOutlierFactor(SHAPE, contrast=False, pca_variance=None, neighbours=0),
+            "neighbours=0: give a whole number",
+        ),
+        (
+            lambda: GaussianMixture(SHAPE, contrast=False, pca_variance=None, components=0, ridge=0.1),
+            "components=0: give a whole",
+        ),
+        (
+            lambda: fitted(LocalOutlierFactor(SHAPE, contrast=False, pca_variance=None, neighbours=9), images(9)),
+            "only 9 training",
+        ),
     ],
 )
 def test_a_wrong_number_is_named(make: Callable[[], Detector], message: str) -> None:

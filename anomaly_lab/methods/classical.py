@@ -11,11 +11,12 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from anomaly_lab.detector import Detector
 from anomaly_lab.errors import refuse_fewer
 from anomaly_lab.methods.pca import principal_axes
+from anomaly_lab.networks import ContrastNormalisation
 
 AT_ONCE = 500
 """Rows of a matrix of distances among training images that are computed in one go."""
@@ -39,14 +40,16 @@ class Classical(Detector):
     """What these methods share: features in float64, and fitted numbers kept as tensors that any checkpoint holds.
 
     Args:
+        contrast: normalise each image's contrast first, with which Ruff et al. (2018) ran the rows that others copy.
         pca_variance: share of the training images' variance that is kept by principal components; None for pixels.
     """
 
     centre: Tensor  # (CHW,)
     basis: Tensor  # (CHW,D)
 
-    def __init__(self, image_shape: Sequence[int], *, pca_variance: float | None) -> None:
+    def __init__(self, image_shape: Sequence[int], *, contrast: bool, pca_variance: float | None) -> None:
         super().__init__(image_shape)
+        self.normalise = ContrastNormalisation() if contrast else nn.Identity()
         if pca_variance is not None and not 0 < pca_variance <= 1:
             raise ValueError(f"pca_variance={pca_variance}: give a number above 0 and up to 1, or null for pixels")
         self.pca_variance = pca_variance
@@ -60,8 +63,10 @@ class Classical(Detector):
         """Anomaly scores (B,) of the features z (B,D), float64."""
 
     def after_fit(self, images: Tensor) -> None:
+        if isinstance(self.normalise, ContrastNormalisation):
+            self.normalise.fit(images)
         if self.pca_variance is not None:
-            axes = principal_axes(images.flatten(1))
+            axes = principal_axes(self.normalise(images).flatten(1))
             shares = axes.variance.cumsum(0) / axes.variance.sum()
             kept = int((shares < self.pca_variance).sum()) + 1
             self.set_fitted("centre", axes.mean)
@@ -71,7 +76,7 @@ class Classical(Detector):
 
     def features(self, x: Tensor) -> Tensor:
         """Pixels or principal components (B,D), float64."""
-        flat = x.flatten(1).double()
+        flat = self.normalise(x).flatten(1).double()
         return flat if self.pca_variance is None else (flat - self.centre) @ self.basis
 
     def score(self, x: Tensor) -> Tensor:
@@ -101,9 +106,9 @@ class OneClassSVM(Classical):
     scale: Tensor  # (), g
 
     def __init__(
-        self, image_shape: Sequence[int], *, pca_variance: float | None, nu: float, gamma: float | None
+        self, image_shape: Sequence[int], *, contrast: bool, pca_variance: float | None, nu: float, gamma: float | None
     ) -> None:
-        super().__init__(image_shape, pca_variance=pca_variance)
+        super().__init__(image_shape, contrast=contrast, pca_variance=pca_variance)
         if not 0 < nu <= 1:
             raise ValueError(f"nu={nu}: give a number above 0 and up to 1")
         self.nu, self.gamma = nu, gamma
@@ -144,8 +149,10 @@ class KernelDensity(Classical):
     bank: Tensor  # (N,D)
     width: Tensor  # (), h
 
-    def __init__(self, image_shape: Sequence[int], *, pca_variance: float | None, bandwidth: float | None) -> None:
-        super().__init__(image_shape, pca_variance=pca_variance)
+    def __init__(
+        self, image_shape: Sequence[int], *, contrast: bool, pca_variance: float | None, bandwidth: float | None
+    ) -> None:
+        super().__init__(image_shape, contrast=contrast, pca_variance=pca_variance)
         if bandwidth is not None and bandwidth <= 0:
             raise ValueError(f"bandwidth={bandwidth}: give a number above 0, or null to choose it by likelihood")
         self.bandwidth = bandwidth
@@ -190,8 +197,10 @@ class IsolationForest(Classical):
     levels: Tensor  # (), of the deepest tree
     expected: Tensor  # (), c(n)
 
-    def __init__(self, image_shape: Sequence[int], *, pca_variance: float | None, trees: int, samples: int) -> None:
-        super().__init__(image_shape, pca_variance=pca_variance)
+    def __init__(
+        self, image_shape: Sequence[int], *, contrast: bool, pca_variance: float | None, trees: int, samples: int
+    ) -> None:
+        super().__init__(image_shape, contrast=contrast, pca_variance=pca_variance)
         if trees < 1 or samples < 2:
             raise ValueError(f"trees={trees}, samples={samples}: give at least one tree and two images for each")
         self.trees, self.samples = trees, samples
@@ -255,8 +264,10 @@ class LocalOutlierFactor(Classical):
     reach: Tensor  # (N,), d_k
     density: Tensor  # (N,), lrd
 
-    def __init__(self, image_shape: Sequence[int], *, pca_variance: float | None, neighbours: int) -> None:
-        super().__init__(image_shape, pca_variance=pca_variance)
+    def __init__(
+        self, image_shape: Sequence[int], *, contrast: bool, pca_variance: float | None, neighbours: int
+    ) -> None:
+        super().__init__(image_shape, contrast=contrast, pca_variance=pca_variance)
         refuse_fewer(1, neighbours=neighbours)
         self.neighbours = neighbours
 
@@ -298,9 +309,15 @@ class GaussianMixture(Classical):
     whitening: Tensor  # (K,D,D), whose product with its transpose is the inverse of S_k
 
     def __init__(
-        self, image_shape: Sequence[int], *, pca_variance: float | None, components: int | None, ridge: float
+        self,
+        image_shape: Sequence[int],
+        *,
+        contrast: bool,
+        pca_variance: float | None,
+        components: int | None,
+        ridge: float,
     ) -> None:
-        super().__init__(image_shape, pca_variance=pca_variance)
+        super().__init__(image_shape, contrast=contrast, pca_variance=pca_variance)
         if components is not None:
             refuse_fewer(1, components=components)
         self.components, self.ridge = components, ridge

@@ -14,44 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomaly_lab.detector import Batch, Detector
-
-
-class ContrastNormalisation(nn.Module):
-    """Each image freed of its mean and divided by its mean absolute deviation; then [low, high] becomes [0, 1].
-
-    ``low`` and ``high`` are the extremes of the normalised training images, of all channels together (`fit`).
-    """
-
-    low: Tensor
-    high: Tensor
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.register_buffer("low", torch.zeros(()))
-        self.register_buffer("high", torch.ones(()))
-
-    def fit(self, images: Tensor) -> None:
-        """images: (N,C,S,S)"""
-        extremes = [torch.stack(_standard(x)[0].aminmax()) for x in images.split(1000)]
-        self.low.copy_(torch.stack(extremes)[:, 0].min())
-        self.high.copy_(torch.stack(extremes)[:, 1].max())
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B,C,S,S) -> (B,C,S,S); within [0, 1] for training images."""
-        return (_standard(x)[0] - self.low) / (self.high - self.low)
-
-    def undo(self, y: Tensor, x: Tensor) -> Tensor:
-        """``y`` as it would have looked before, with the mean and the contrast of ``x``: (B,C,S,S)."""
-        _, mean, scale = _standard(x)
-        return (y * (self.high - self.low) + self.low) * scale + mean
-
-
-def _standard(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The image without its mean and scale, and both, (B,1,1,1)."""
-    mean = x.mean((1, 2, 3), keepdim=True)
-    centred = x - mean
-    scale = centred.abs().mean((1, 2, 3), keepdim=True).clamp(min=1e-6)  # of an image of one grey: 0
-    return centred / scale, mean, scale
+from anomaly_lab.networks import ContrastNormalisation
 
 
 def _norm(channels: int) -> nn.BatchNorm2d:
