@@ -74,7 +74,7 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
 
     def __init__(
         self,
-        model: str = "shared_ae",
+        model: str = "shared_ae_50",
         size: str = "small",
         seed: int = 0,
         overrides: Sequence[str] = (),

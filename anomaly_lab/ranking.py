@@ -39,6 +39,7 @@ class Ranking:
     left_out: dict[str, int]  # methods that lack problems: how many they have
     p: float  # of Friedman's test
     critical_difference: float
+    pretrained: frozenset[str] = frozenset()  # methods with features of labelled images, which the others do not have
 
     def groups(self) -> list[tuple[str, str]]:
         """First and last of each largest group in which no two methods differ by Nemenyi's test."""
@@ -87,7 +88,8 @@ def ranking(frame: pd.DataFrame) -> Ranking:
         p = float(f.sf((n - 1) * chi / agreed, k - 1, (k - 1) * (n - 1))) if agreed > 1e-9 else 0.0
     q = float(studentized_range.ppf(1 - LEVEL, k, math.inf)) / math.sqrt(2)
     left = {str(name): int(count) for name, count in counts.items() if count < n}
-    return Ranking(ranks, whole.mean()[ranks.index], n, left, p, q * math.sqrt(k * (k + 1) / (6 * n)))
+    pretrained = frozenset(name for name, run in zip(names, frame.itertuples(), strict=True) if run.pretrained)
+    return Ranking(ranks, whole.mean()[ranks.index], n, left, p, q * math.sqrt(k * (k + 1) / (6 * n)), pretrained)
 
 
 def _names(frame: pd.DataFrame) -> list[str]:
@@ -140,7 +142,8 @@ def markdown(shown: Ranking) -> list[str]:
     for name, rank in shown.ranks.items():
         above = worse.get(str(name), [])
         said = ", ".join(above) if len(above) < 4 else f"{len(above)} methods: {above[0]} to {above[-1]}"
-        rows.append([f"`{name}`", f"{rank:.1f}", f"{shown.auroc[name]:.3f}", said])
+        mark = " ‡" if name in shown.pretrained else ""
+        rows.append([f"`{name}`{mark}", f"{rank:.1f}", f"{shown.auroc[name]:.3f}", said])
     k, n = len(shown.ranks), shown.problems
     text = (
         f"{k} methods on {n} problems. Friedman's test (Iman-Davenport): p = {shown.p:.2g}. Nemenyi's critical "
@@ -149,6 +152,8 @@ def markdown(shown: Ranking) -> list[str]:
     if shown.left_out:
         some = ", ".join(f"`{name}` ({count})" for name, count in shown.left_out.items())
         text += f" Left out, for they have not all {n} problems: {some}."
+    if shown.pretrained & {*shown.ranks.index}:
+        text += " ‡: with features that were pretrained on labelled images, which the others do not have."
     header = ["method", "mean rank", "mean AUROC", "better than, after Holm"]
     return [text, "", *markdown_table(header, rows), ""]
 

@@ -31,8 +31,18 @@ Every method with the equations that it computes, its source, and where it diffe
 the configurations of each (`anomaly-lab model=NAME`): what differs between `size=full` and `size=small`; then, at the
 small size, what a run of [everything](../experiments/everything/README.md) took for training and scoring (wall time on
 a busy machine, an upper bound), its epochs, and its AUROC on digits {digits} and on CIFAR-10's {other}, where
-`mean_image`, `pca` and `knn` are the floors; what is empty has not been run. Published are means over all classes at
-the full size, with their status: another experiment than the columns before them.
+`mean_image`, `pca` and `knn` are the floors; what is empty has no result there. Published are means over all classes at
+the full size, with their status: another experiment than the columns before them, and PIAD's own in the rows of its
+stand-ins.
+"""
+
+FUSED = """\
+Finished runs of other methods as one: their scores are added on the scale of how rare each is among the held-out
+normals x_v of its run, beyond the largest of which the tail is exponential. It has no parameters, and trains nothing.
+
+```text
+A(x) = sum_m -log P(A_m(x_v) >= A_m(x))    over the members m
+```
 """
 
 
@@ -52,7 +62,7 @@ def page() -> str:
     named = {target: target.rpartition(".")[2] or "Fused" for target in sections}
     out += [" · ".join(f"[{name}](#{name.lower()})" for name in sorted(named.values(), key=str.lower)), ""]
     for target, models in sorted(sections.items(), key=lambda item: named[item[0]].lower()):
-        out += [f"## {named[target]}", "", *(documented(get_class(target)) if target else []), ""]
+        out += [f"## {named[target]}", "", *(documented(get_class(target)) if target else [FUSED]), ""]
         out += table(models, frame, problems)
     return "\n".join(out).rstrip() + "\n"
 

@@ -176,8 +176,11 @@ def page(facts: dict[str, Any]) -> str:
         for split, found in by_split.items():
             counts = [span([p[key] for p in found]) for key in ("train", "val", "test_normal", "test_anomalous")]
             copied = sum(p["test_copies"] > 0 for p in found)
+            first = "the first " if len(found) < found[0]["classes"] else ""
             copies = (
-                f"{span([p['test_copies'] for p in found])} ({copied} of {len(found)} classes)" if copied else "none"
+                f"{span([p['test_copies'] for p in found])} ({copied} of {first}{len(found)} classes)"
+                if copied
+                else "none"
             )
             out.append(f"| `{split}` | {found[0]['classes']} | {' | '.join(counts)} | {copies} |")
         out += ["", "Fingerprints at seed 0, by class:", ""]

@@ -21,7 +21,15 @@ def frame(table: np.ndarray, **more: object) -> pd.DataFrame:
     """A run of method m on problem n for table[n, m]."""
     rows = [
         {"method": f"m{m}", "model": f"m{m}", "dataset": "mnist", "split": "official", "problem": "", "changed": ""}
-        | {"normal_class": n, "seed": 0, "labels": False, "auroc": auroc, "oracle_auroc": math.nan, "epochs": 5}
+        | {
+            "normal_class": n,
+            "seed": 0,
+            "labels": False,
+            "auroc": auroc,
+            "oracle_auroc": math.nan,
+            "epochs": 5,
+            "pretrained": "",
+        }
         | more
         for n, line in enumerate(table)
         for m, auroc in enumerate(line)
@@ -59,6 +67,14 @@ def test_what_lacks_a_problem_is_named_and_a_ceiling_is_not_ranked() -> None:
     assert "3 methods on 6 problems" in text and "`m3` (4)" in text and "m4" not in text
     with pytest.raises(ValueError, match="three methods"):
         ranking.ranking(runs[runs["method"] != "m0"])
+
+
+def test_methods_with_pretrained_features_are_marked() -> None:
+    runs = frame(np.random.RandomState(1).rand(6, 4))
+    assert "‡" not in "\n".join(ranking.markdown(ranking.ranking(runs)))
+    runs.loc[runs["method"] == "m2", "pretrained"] = "imagenet vgg19"
+    text = "\n".join(ranking.markdown(ranking.ranking(runs)))
+    assert "| `m2` ‡ |" in text and "| `m1` |" in text and "‡: with features that were pretrained" in text
 
 
 def test_seeds_are_averaged_and_equal_methods_are_not_told_apart() -> None:

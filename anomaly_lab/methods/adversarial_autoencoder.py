@@ -185,8 +185,8 @@ class IterativeTrainingSetRefinement(AdversarialAutoencoder):
     sample of weight 0 would still enter batch norm's statistics. The run records the sets after each round, and the
     final one (`rejected_images`). The decision's thresholds are quantiles over all training images, rejected ones too:
     those that a round of the SVM rejects are mostly rare normals, and without them every rare normal is an alarm.
-    Each round rejects about the share nu of what is left, so ten rounds of 2 % reject about 18 % (1 - 0.98^10) of the
-    images, however many of them are anomalies.
+    If each round rejected the share nu of what is left, ten rounds of 2 % would reject 18 % (1 - 0.98^10), however many
+    of the images are anomalies. Measured are 20 to 23 %, as the encoder trains on between the rounds.
 
     *Where the material is silent:* whether the SVM sees the rejected images again (``svm_sees``; by default not,
     experiments/itsr_readings has both); the value of ``w_anomaly``; and what bounds a negatively weighted adversarial
