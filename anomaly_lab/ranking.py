@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING
 from anomaly_lab import results
 from anomaly_lab.files import write_text
 from anomaly_lab.report import markdown_table
-from anomaly_lab.tables import holm
+from anomaly_lab.tables import LEVEL, holm
 
 if TYPE_CHECKING:
     import pandas as pd
 
-LEVEL = 0.05
 PROBLEM = ["dataset", "split", "problem", "normal_class"]
 
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import base64
 import functools
-import json
 import math
 import re
 import sys
@@ -22,14 +21,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from anomaly_lab import results, status
+from anomaly_lab.extras import Extra, extras
 from anomaly_lab.files import remove_parts, write_text
-from anomaly_lab.tables import LEARNED, MINIMUM_PAIRS, Cell, Comparison, Table, significance, table
+from anomaly_lab.tables import LEARNED, LEVEL, MINIMUM_PAIRS, Cell, Comparison, Table, signed, significance, table
 
 if TYPE_CHECKING:
     import pandas as pd
     from matplotlib.figure import Figure
 
     from anomaly_lab.config import Job
+
+
+LISTED = 100
+"""Comparisons of a section that are all shown; of more, those that differ after Holm's correction."""
 
 
 class _Line(NamedTuple):
@@ -131,6 +135,11 @@ def _course(short: pd.DataFrame, epochs: pd.DataFrame | None, heading: str) -> F
     return figures.lines(joined, "epoch", "oracle_auroc", "label", title)
 
 
+def _extras(frame: pd.DataFrame) -> list[Extra]:
+    short, common = _short(frame)
+    return extras(short.assign(own=frame["changed"] == frame["problem"]), common)
+
+
 def _header(shown: Table) -> list[str]:
     return ["method", *shown.classes.values(), "mean", "seeds"]
 
@@ -165,11 +174,11 @@ def _lines(shown: Table, oracle: bool) -> Iterator[_Line]:
             said, above = above, (row.label.partition(" [")[0], figures)
             yield from figures if above != said else []
             if any(c.difference is not None for c in cells):
-                yield _Line("difference", "difference", [*(_signed(c.difference) for c in cells), ""])
+                yield _Line("difference", "difference", [*(signed(c.difference) for c in cells), ""])
             if oracle and any(c.oracle is not None for c in cells):
                 texts = ["" if c.oracle is None else f"{c.oracle:.3f}" for c in cells]
                 yield _Line("oracle", "oracle (best epoch on test)", [*texts, ""])
-                yield _Line("gap", "oracle - honest", [*(_signed(c.gap) for c in cells), ""])
+                yield _Line("gap", "oracle - honest", [*(signed(c.gap) for c in cells), ""])
 
 
 def _cell_text(cell: Cell) -> str:
@@ -179,10 +188,6 @@ def _cell_text(cell: Cell) -> str:
     if cell.flag:
         return f"{text} ({cell.flag})"
     return f"{text} ({cell.present}/{cell.expected})" if cell.present < cell.expected else text
-
-
-def _signed(value: float | None) -> str:
-    return "" if value is None else f"{value:+.3f}".replace("-", "−")
 
 
 def _caption(section: Section) -> str:
@@ -229,129 +234,23 @@ def _summary(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     return header, rows
 
 
-def _tests(comparisons: Sequence[Comparison]) -> tuple[list[list[str]], int]:
-    """Rows of the table of differences, and how many comparisons had too few pairs."""
+def _tests(comparisons: Sequence[Comparison]) -> tuple[list[list[str]], str]:
+    """Rows of the table of differences, and what it leaves out."""
+    tested = [c for c in comparisons if c.p is not None]
     rows = []
     for c in comparisons:
-        if c.p is not None and c.p_holm is not None:
-            classes = f"{c.classes} ({c.ties} ties)" if c.ties else str(c.classes)
-            rows.append(
-                [c.first, c.second, classes, str(c.seeds), _signed(c.difference), _p_text(c.p), _p_text(c.p_holm)]
-            )
-    return rows, len(comparisons) - len(rows)
-
-
-class _Extra(NamedTuple):
-    """A further table of a section. The first cell of each row is a method."""
-
-    title: str
-    note: str
-    header: list[str]
-    rows: list[list[str]]
-
-
-def _extras(frame: pd.DataFrame) -> list[_Extra]:
-    """Tables that only some runs have: kinds of anomaly, rejected training images, what is owed to test labels."""
-    makers = {"auroc_seen": _kinds, "rejected_images": _rejected, "oracle_sorted_auroc": _leaks, "model": _settings}
-    short, common = _short(frame)
-    short = short.assign(own=frame["changed"] == frame["problem"])
-    found = []
-    for column, make in makers.items():
-        part = short[short[column].notna() & (short[column] != "")]
-        if len(part):
-            extra = make(part)
-            if not extra.rows:
-                continue
-            found.append(extra._replace(note=f"{extra.note} All with {', '.join(common)}.") if common else extra)
-    return found
-
-
-def _kinds(frame: pd.DataFrame) -> _Extra:
-    header = ["method", "class", "seed", "AUROC", "seen", "unseen", "bal. acc. seen", "unseen", "epochs"]
-    rows: list[list[str]] = []
-    for run in frame.itertuples():
-        values = [run.auroc, run.auroc_seen, run.auroc_unseen, run.balanced_accuracy_seen, run.balanced_accuracy_unseen]
-        texts = ["n/a" if math.isnan(value) else f"{value:.3f}" for value in values]
-        rows.append([run.label, run.class_name, str(run.seed), *texts, str(run.epochs)])
-        figures = [
-            results.published_kind(run.published_as, run.dataset, run.split, run.problem, kind)
-            for kind in ("seen", "unseen")
-        ]
-        if any(figures):
-            size = ", full size" if run.model != run.method else ""
-            status = ", ".join(sorted({figure.status for figure in figures if figure}))
-            texts = [f"{figure.value:.2f}" if figure else "" for figure in figures]
-            rows.append([f"published ({status}{size})", "", "", "", "", "", *texts, ""])
-    note = (
-        "The anomalies apart: those of the kinds that contaminate the training set (seen; named at rate 0 as well) and "
-        "the others (unseen), each against all test normals."
-    )
-    return _Extra("Kinds of anomaly", note, header, rows)
-
-
-def _rejected(frame: pd.DataFrame) -> _Extra:
-    rows = []
-    for run in frame.itertuples():
-        for entry in json.loads(run.rejected_images):
-            shares = ["n/a" if entry[name] is None else f"{entry[name]:.3f}" for name in ("precision", "recall")]
-            rows.append([run.label, run.class_name, str(run.seed), entry["name"], str(entry["images"]), *shares])
-    note = (
-        "Training images that a method took for anomalies, with the share of true ones among them (precision) and the "
-        "share of the true ones that it found (recall); no method sees either."
-    )
-    return _Extra(
-        "Rejected training images", note, ["method", "class", "seed", "set", "images", "precision", "recall"], rows
-    )
-
-
-_LEAKS = {
-    "auroc": "honest",
-    "oracle_auroc": "best epoch",
-    "oracle_shuffled_auroc": "mixed",
-    "oracle_sorted_auroc": "sorted",
-    "oracle_sorted_best_auroc": "sorted, best epoch",
-}
-
-
-def _leaks(frame: pd.DataFrame) -> _Extra:
-    rows = []
-    frame = frame[(frame["oracle_sorted_auroc"] != frame["auroc"]) | frame["oracle_auroc"].notna()]  # has batch norm
-    for name, part in frame.groupby("label", sort=False):
-        runs = [*part.itertuples()]
-        means = part[[*_LEAKS]].mean(skipna=False)  # over the same runs in every column, or not at all
-        lines = [(f"mean of {len(runs)}", "", means)] if len(runs) > 1 else []
-        for class_name, seed, values in [*lines, *((run.class_name, str(run.seed), run._asdict()) for run in runs)]:
-            texts = ["" if math.isnan(values[key]) else f"{values[key]:.3f}" for key in _LEAKS]
-            bought = max(value for key in _LEAKS if not math.isnan(value := values[key])) - values["auroc"]
-            rows.append([str(name), class_name, seed, *texts, _signed(bought)])
-    note = (
-        "What scores would owe to test labels: the honest AUROC; that of the best epoch on test; those of the last "
-        "epoch with batch norm in training mode, in mixed batches and in batches of a test set sorted by truth, whose "
-        "statistics know the label; that of the best epoch of such sorted batches. None but the first is a result."
-    )
-    return _Extra("Owed to test labels", note, ["method", "class", "seed", *_LEAKS.values(), "most - honest"], rows)
-
-
-def _settings(frame: pd.DataFrame) -> _Extra:
-    """A row a method and problem of several settings, over the classes and seeds that all of them have."""
-    rows = []
-    for (model, problem), part in frame.groupby(["model", "problem"], sort=False):
-        grid = part.pivot_table(index="label", columns=["normal_class", "seed"], values="auroc").dropna(axis=1)
-        if len(grid) < 2 or grid.columns.empty:
+        if c.p is None or c.p_holm is None or (len(tested) > LISTED and c.p_holm >= LEVEL):
             continue
-        classes = grid.T.groupby(level=0).mean()  # a row a class
-        one, each = classes.mean().max(), classes.max(axis=1).mean()
-        own = [classes[label].mean() for label in part["label"][part["own"]].unique() if label in classes]
-        texts = [f"{own[0]:.3f}" if own else "", f"{one:.3f}", f"{each:.3f}", _signed(each - own[0] if own else None)]
-        name = results.label(str(model), str(problem) if frame["problem"].nunique() > 1 else "")
-        rows.append([name, str(len(grid)), str(len(classes)), *texts])
-    note = (
-        "What a choice of the setting by test labels would add, over the classes and seeds that all settings have: the "
-        "AUROC of the shipped setting (empty: not among them); that of the best one, for all classes or for each. "
-        "Rules that see test labels reach the last two; neither is a result, and of noisy runs the best is never worse."
-    )
-    header = ["method", "settings", "classes", "shipped", "best for all", "best for each", "each - shipped"]
-    return _Extra("Settings chosen by test labels", note, header, rows)
+        classes = f"{c.classes} ({c.ties} ties)" if c.ties else str(c.classes)
+        rows.append([c.first, c.second, classes, str(c.seeds), signed(c.difference), _p_text(c.p), _p_text(c.p_holm)])
+    said = []
+    if len(rows) < len(tested):
+        none = "none" if not rows else "no other"
+        said.append(f"Of {len(tested):,} comparisons {none} has a p below {LEVEL} after Holm's correction over all.")
+    if few := len(comparisons) - len(tested):
+        text = "1 comparison has" if few == 1 else f"{few} comparisons have"
+        said.append(f"{text} too few classes (fewer than {MINIMUM_PAIRS} that differ) for a test.")
+    return rows, " ".join(said)
 
 
 _TESTS_HEADER = ["method", "against", "classes", "seeds", "mean difference", "p", "p (Holm)"]
@@ -372,11 +271,6 @@ def _summary_note(frame: pd.DataFrame) -> str:
     own = [f"`{name}`" for name in frame["label"][frame["decided_by"] == "own rule"].unique()]
     rule = f"by the method's own rule by {', '.join(own)}, else " if own else ""
     return f"{text}{rule}by a threshold from held-out normals alone."
-
-
-def _too_few(count: int) -> str:
-    text = "1 comparison has" if count == 1 else f"{count} comparisons have"
-    return f"{text} too few classes (fewer than {MINIMUM_PAIRS} that differ) for a test."
 
 
 def _p_text(p: float) -> str:
@@ -410,12 +304,12 @@ def _markdown_section(section: Section, oracle: bool, folder: str) -> str:
         named = [[row[0] if row[0].startswith("published") else f"`{row[0]}`", *row[1:]] for row in extra.rows]
         block = [_inert(extra.note), "", *markdown_table(extra.header, named)]
         out += [*_folded(extra.title, block, len(named) > 24), ""]
-    tests, few = _tests(section.comparisons)
+    tests, left_out = _tests(section.comparisons)
     if tests:
         body = markdown_table(_TESTS_HEADER, [[f"`{row[0]}`", f"`{row[1]}`", *row[2:]] for row in tests])
         out += [*_folded("Tests of difference", [_TESTS_NOTE, "", *body], len(tests) > 12), ""]
-    if few:
-        out += [_too_few(few), ""]
+    if left_out:
+        out += [left_out, ""]
     return "\n".join(out)
 
 
@@ -500,7 +394,7 @@ def html(
     shown = []
     for section in parts:
         images = [(_figure_text(section, name), base64.b64encode(pictures[name]).decode()) for name in section.figures]
-        tests, few = _tests(section.comparisons)
+        tests, left_out = _tests(section.comparisons)
         shown.append(
             {
                 "title": section.title,
@@ -513,7 +407,7 @@ def html(
                 "summary_note": _summary_note(section.frame).replace("`", ""),
                 "extras": _extras(section.frame),
                 "tests": tests,
-                "too_few": _too_few(few) if few else "",
+                "left_out": left_out,
             }
         )
     columns = [

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
 
     from anomaly_lab.config import Job
 
+LEVEL = 0.05
+"""A p-value below it is called a difference."""
+
 MINIMUM_PAIRS = 6  # with five classes the smallest two-sided p-value of the signed-rank test is 0.0625
 
 
@@ -274,6 +277,11 @@ class Comparison(NamedTuple):
     difference: float  # mean of first - second
     p: float | None  # None: too few classes
     p_holm: float | None
+
+
+def signed(value: float | None) -> str:
+    """A difference of AUROC as text, with three decimals; nothing for None."""
+    return "" if value is None else f"{value:+.3f}".replace("-", "−")
 
 
 def holm(p: Sequence[float]) -> list[float]:

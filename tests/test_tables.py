@@ -150,6 +150,18 @@ def test_too_few_classes_give_no_p_value(runs: Runs) -> None:
     assert "1 comparison has too few classes" in report.markdown(report.sections(results.read(runs.root)))
 
 
+def test_of_many_comparisons_only_those_that_differ_are_listed() -> None:
+    def many(count: int, p_holm: float) -> list[tables.Comparison]:
+        return [tables.Comparison(AE, f"m{i}", 10, 0, 1, 0.1, 0.001, p_holm) for i in range(count)]
+
+    rows, said = report._tests(many(report.LISTED, 1.0))
+    assert len(rows) == report.LISTED and not said
+    rows, said = report._tests(many(report.LISTED + 100, 1.0) + many(2, 0.04))
+    assert len(rows) == 2 and said == "Of 202 comparisons no other has a p below 0.05 after Holm's correction over all."
+    rows, said = report._tests(many(report.LISTED + 1, 1.0))
+    assert not rows and said.startswith("Of 101 comparisons none has")
+
+
 def test_seeds_are_averaged_before_classes_are_compared(runs: Runs) -> None:
     for c in range(6):
         for seed in range(3):
