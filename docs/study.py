@@ -198,7 +198,7 @@ classes has no row. A method counts once in a group, with the fewest changed key
 * *Between settings of one method* a high explained variance and a low held-out score go with AUROC. The runs behind
   explained variance are nearly all of one family, shared autoencoders and their ablation, some settings of which learn
   nothing: what is told apart is learning from not learning. These settings were also looked at when the criterion was
-  proposed. Half of the groups behind the held-out score are one-class SVMs and kernel densities on digits.
+  proposed. Most of the groups behind the held-out score are classical methods on digits.
 * *Between epochs of one run* the held-out score says no more than the number of the epoch: later is better. That
   is true of the encoder-decoder-encoders and false of the plain autoencoder on digits and of HRN on Fashion-MNIST,
   whose AUROC falls while the held-out score improves. Over both data sets neither goes with AUROC.
