@@ -121,7 +121,7 @@ def make_networks(cfg: DictConfig, image_shape: Sequence[int]) -> Detector:
     if not isinstance(detector, Detector):
         raise ValueError(f"model={cfg.choices.model}: model.detector._target_ must name a subclass of Detector")
     detector.randomness.follow(cfg.seed)
-    if cfg.trainer.channels_last:
+    if cfg.trainer.get("channels_last"):  # results of earlier code do not say
         detector.to(memory_format=torch.channels_last)
     return detector
 

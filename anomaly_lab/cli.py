@@ -111,7 +111,9 @@ def train() -> None:
     except BrokenPipeError:
         raise
     except Exception as error:
-        line = config.advice(error, asked.overrides) or explained(error)
+        from anomaly_lab.advice import advice
+
+        line = advice(error, asked.overrides) or explained(error)
         if line is None:
             raise
         sys.exit(_mistake("anomaly-lab", line, exit_code(error)))

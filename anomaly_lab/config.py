@@ -5,7 +5,6 @@ Imports neither torch nor Lightning: a dry run over hundreds of runs, a status r
 
 from __future__ import annotations
 
-import difflib
 import functools
 import inspect
 import itertools
@@ -28,9 +27,10 @@ from hydra.core.override_parser.types import Override
 from hydra.errors import ConfigCompositionException, HydraException
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
-from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+from omegaconf.errors import OmegaConfBaseException
 
 from anomaly_lab import record
+from anomaly_lab.errors import refuse_fewer
 
 if TYPE_CHECKING:
     from anomaly_lab.datasets import Dataset, Images
@@ -70,6 +70,8 @@ NAMES_OF_RUNS = ("normal_class", "abnormal_class", "seed")
 
 TOP_LEVEL = (*NAMES_OF_RUNS, "size", "runs", "data_dir")
 """Top-level keys that choose no file."""
+
+MEMBERS = "model.members"
 
 SMALL = "_small"
 """Ends the name of a run's model where its size is reduced: in folders, in tables, in every committed result."""
@@ -240,7 +242,7 @@ class Sweep(NamedTuple):
 
 def sweep(overrides: Sequence[str]) -> Sweep:
     """The multirun that ``overrides`` describe."""
-    cfg = _compose(_without_sweeps(overrides))
+    cfg = _compose(without_sweeps(overrides))
     sweeper = cfg.hydra.sweeper
     return Sweep(Path(cfg.runs), dict(sweeper.params or {}), not sweeper._target_.endswith(".BasicSweeper"))
 
@@ -296,47 +298,14 @@ def _values(swept: Override) -> list[str]:
     raise ValueError(f"{swept.input_line} has no value, so there is no run to make: range(0,10) has 0 to 9")
 
 
-def _without_sweeps(overrides: Sequence[str]) -> list[str]:
+def without_sweeps(overrides: Sequence[str]) -> list[str]:
     parsed = _parse(overrides)
     return [text for text, override in zip(overrides, parsed, strict=True) if not override.is_sweep_override()]
 
 
-def advice(error: Exception, overrides: Sequence[str]) -> str | None:
-    """Of an override that names no key: a line with the keys it may mean; None for other errors, or without any."""
-    cause = error.__cause__
-    if not (isinstance(error, HydraException) and isinstance(cause, ConfigAttributeError | ConfigKeyError)):
-        return None
-    wrong = str(cause.full_key)
-    if wrong.startswith("model.detector.") and any(word.startswith("model=") and "," in word for word in overrides):
-        return f"{wrong} cannot be set for every model of this sweep: give those that have it a command of their own"
-    near = _near(wrong, [word for word in overrides if word.split("=")[0] in (*GROUPS, "experiment")])
-    if not near:
-        return None
-    value = next((word.partition("=")[2] for word in overrides if word.partition("=")[0] == wrong), "...")
-    others = f" (or {', '.join(near[1:3])})" if near[1:] else ""
-    return f"{wrong} cannot be set: write {near[0]}={value}{others}; anomaly-lab --cfg job shows all keys"
-
-
-def _near(wrong: str, groups: Sequence[str]) -> list[str]:
-    """Keys, and groups, with the last word of the key ``wrong`` or nearly so, the most alike first."""
-    try:
-        cfg = compose(_without_sweeps(groups))
-    except HydraException:
-        cfg = compose()
-    found = set(GROUPS)
-    for top, section in OmegaConf.to_container(cfg).items():  # type: ignore[union-attr]
-        for key in _flatten(section, str(top)):
-            found |= {key.rsplit(".", cut)[0] for cut in range(key.count(".") + 1)}
-    last = wrong.rpartition(".")[2]
-    words = {key.rpartition(".")[2] for key in found if not key.startswith("choices") and not key.endswith("_")}
-    same = {last} & words or difflib.get_close_matches(last, words, n=2, cutoff=0.75)
-    alike = [key for key in found if key.rpartition(".")[2] in same and not key.startswith("choices")]
-    return sorted(alike, key=lambda key: (-difflib.SequenceMatcher(None, key, wrong).ratio(), key))
-
-
-def _flatten(section: Any, prefix: str) -> dict[str, Any]:
+def flatten(section: Any, prefix: str) -> dict[str, Any]:
     if isinstance(section, Mapping) and section:
-        items = [_flatten(value, f"{prefix}.{key}") for key, value in section.items()]
+        items = [flatten(value, f"{prefix}.{key}") for key, value in section.items()]
         return {key: value for item in items for key, value in item.items()}
     return {prefix: section}
 
@@ -346,7 +315,7 @@ def _identity_keys(cfg: DictConfig) -> dict[str, Any]:
     for name in IDENTITY:
         value = OmegaConf.select(cfg, name)
         plain = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
-        keys |= _flatten(plain, name)
+        keys |= flatten(plain, name)
     # One canonical form of what is the same partition: the run's own seed is null, classes are rising indices.
     if keys.get("split.seed") == cfg.seed:
         keys["split.seed"] = None
@@ -363,15 +332,24 @@ def _identity_keys(cfg: DictConfig) -> dict[str, Any]:
     return {k: v for k, v in keys.items() if k not in left_out and not k.startswith(unread)}
 
 
+class _Defaults(NamedTuple):
+    keys: dict[str, Any]  # those of the identity
+    sizes: bool  # whether the model's yaml has two sizes
+    kinds: dict[str, type]  # bool, int or float: of every key whose default is one
+
+
 @functools.lru_cache(maxsize=256)
-def _defaults(size: str, choices: tuple[str, ...]) -> tuple[dict[str, Any], bool]:
-    """What the yamls of the chosen groups say at that size; and whether the model's has two sizes."""
+def _defaults(size: str, choices: tuple[str, ...]) -> _Defaults:
+    """What the yamls of the chosen groups say at that size."""
     groups = zip(GROUPS, choices, strict=True)
     cfg = compose([f"size={size}", *(f"{group}={choice}" for group, choice in groups)])
-    return _identity_keys(cfg), "${size:" in OmegaConf.to_yaml(cfg.model)
+    sections = (flatten(OmegaConf.to_container(cfg[group], resolve=True), group) for group in GROUPS)
+    values = {key: value for section in sections for key, value in section.items()}
+    kinds = {key: type(value) for key, value in values.items() if isinstance(value, bool | int | float)}
+    return _Defaults(_identity_keys(cfg), "${size:" in OmegaConf.to_yaml(cfg.model), kinds)
 
 
-def _defaults_of(cfg: DictConfig) -> tuple[dict[str, Any], bool]:
+def _defaults_of(cfg: DictConfig) -> _Defaults:
     return _defaults(_size(cfg), tuple(cfg.choices[group] for group in GROUPS))
 
 
@@ -381,9 +359,9 @@ def reduced(cfg: DictConfig) -> bool:
     Raises:
         ValueError: ``size`` is neither full nor small.
     """
-    _, has_sizes = _defaults_of(cfg)
+    has_sizes = _defaults_of(cfg).sizes
     rest = tuple(cfg.choices[group] for group in GROUPS[1:])
-    sized = (_defaults(_size(cfg), (name, *rest))[1] for name in _named_members(cfg))
+    sized = (_defaults(_size(cfg), (name, *rest)).sizes for name in _named_members(cfg))
     return (has_sizes or any(sized)) and _size(cfg) == "small"
 
 
@@ -407,7 +385,7 @@ def settings(cfg: DictConfig, keys: Mapping[str, Any] | None = None) -> dict[str
 def changed(cfg: DictConfig, keys: Mapping[str, Any] | None = None) -> dict[str, Any]:
     """Every key that can change a result and is not the default of the chosen groups; ``keys`` as in `settings`."""
     own = keys or _identity_keys(cfg)
-    default, _ = _defaults_of(cfg)
+    default = _defaults_of(cfg).keys
     differing = (key for key in sorted(own.keys() | default.keys()) if own.get(key) != default.get(key))
     return {key: _plain(own.get(key)) for key in differing}
 
@@ -631,8 +609,9 @@ class Job:
         self.refuse_other_settings(settings_then)
         # They change no score, so are no part of the identity; but a metric asked for and not recorded must be made.
         unwatched = self.cfg.trainer.watch_test and not watched
-        unmeasured = self.cfg.trainer.measure_leak and "oracle_sorted_auroc" not in found
-        apart = self.cfg.trainer.watch_test and self.cfg.trainer.measure_leak and not together
+        measure = self.cfg.trainer.measure_leak and not self.cfg.model.members  # which have no batch norm together
+        unmeasured = measure and "oracle_sorted_auroc" not in found
+        apart = measure and self.cfg.trainer.watch_test and not together
         return None if unwatched or unmeasured or apart else result
 
 
@@ -649,11 +628,22 @@ def refuse_impossible(cfg: DictConfig) -> dict[str, Any]:
     """Of any run, whatever its data; every key of ``cfg`` that can change a result.
 
     Raises:
-        ValueError: a seed that is no whole number, a size that is none, a number that is not finite.
+        ValueError: a seed that is no whole number, a size that is none, a number that is none or not finite, a switch
+            that is neither true nor false (``no`` and ``off`` are texts, which Python takes for true).
     """
     if type(cfg.seed) is not int or cfg.seed < 0:
         raise ValueError(f"seed={cfg.seed}: give a whole number from 0")
     _size(cfg)
+    for key, kind in _defaults_of(cfg).kinds.items():
+        value = OmegaConf.select(cfg, key)
+        if (type(value) is bool) != (kind is bool) and value is not None:
+            raise ValueError(f"{key}={value}: give {'true or false' if kind is bool else 'a number'}")
+        if kind is not bool and isinstance(value, str):
+            raise ValueError(f"{key}={value}: give a number")
+    if not 0 < cfg.trainer.threshold_quantile < 1:
+        raise ValueError(f"trainer.threshold_quantile={cfg.trainer.threshold_quantile}: give a number between 0 and 1")
+    counts = {name: cfg.trainer[name] for name in ("threads", "score_batch_size") if cfg.trainer[name] is not None}
+    refuse_fewer(1, "trainer", **counts)
     keys = _identity_keys(cfg)
     for key, value in keys.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -668,13 +658,16 @@ def job(cfg: DictConfig) -> Job:
         ValueError: see `target` and `reduced`; or a seed that is no whole number.
     """
     keys = refuse_impossible(cfg)
+    own_changes = changed(cfg, keys)
+    if cfg.model.members and (lost := [key for key in own_changes if key.startswith("model.") and key != MEMBERS]):
+        raise ValueError(f"{lost[0]} cannot be set: {cfg.choices.model} adds up its members' runs at their defaults")
     own = {
         "model": model_name(cfg),
         "dataset": cfg.dataset.name,
         "split": cfg.choices.split,
         "normal_class": _named(cfg),
         "seed": cfg.seed,
-        "changed": changed(cfg, keys),
+        "changed": own_changes,
     }
     out = Path(cfg.runs) / record.place(own, protocol(cfg).role)
     return Job(cfg, own, out, keys)
@@ -717,7 +710,9 @@ def _named_members(cfg: DictConfig) -> list[str]:
     own, names = cfg.model.get("detector"), cfg.model.get("members")
     if own is not None and not names:
         return []
-    if own is not None or not OmegaConf.is_list(names) or not 1 < len(set(names)) == len(names):
+    if own is not None:
+        raise ValueError(f"model.members={names}: {cfg.choices.model} has a detector of its own: use model=fused")
+    if not OmegaConf.is_list(names) or not 1 < len(set(names)) == len(names):
         raise ValueError(
             f"model.members={names}: name at least two different models: model=fused 'model.members=[pca,knn]'"
         )

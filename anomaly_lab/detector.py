@@ -155,17 +155,15 @@ class Detector(Contract, LightningModule):
         self.image_shape = tuple(image_shape)
         self.course, self.stages, self.randomness = Course(), Stages(self.STAGES), Randomness()
         self.scored = Passes()
-        self.step = 0
-        """Training steps done, a plain number: reading it does not synchronise with the device."""
+        self.step = 0  # training steps done, a plain number: reading it does not synchronise with the device
         self.replay: Callable[[Detector, Tensor, Iterator[Tensor]], None] | None = None
         """Does what `play` does without computing it anew (`anomaly_lab.cuda_graphs`); None plays every step."""
         self.learning = Learning()  # optimisers, schedules, clip
-        self._players, self._moved = dict[str, Player](), set[str]()
+        self._players, self._moved, self._fitted = dict[str, Player](), set[str](), set[str]()
         self._begun = self._finished = False  # whether before_fit, after_fit have been called
         self._images: TrainingImages | None = None
         self._further: Iterator[Tensor] = iter(())  # places of further batches of this step
         self._further_of_epoch: Iterator[Tensor] = iter(())
-        self._fitted: set[str] = set()
         # Own counters: Lightning's global_step counts every optimiser's step.
         for name in ("epochs_done", "steps_done", "images_seen"):
             self.register_buffer(name, torch.zeros((), dtype=torch.long))
@@ -223,6 +221,8 @@ class Detector(Contract, LightningModule):
         if not isinstance(loader, TrainingImages):
             loader = PlainLoader(loader, self.device, leaving_out=self.has("train_indices"))
         self._images = loader
+        if self.trainer.ckpt_path is None:  # a fit of its own, maybe of other images, and not the rest of one
+            self._begun = self._finished = False
         if not self._begun and self.has("before_fit"):
             with looking(self):
                 self.before_fit(self._images.everything().x)

@@ -21,15 +21,33 @@ from sklearn.base import BaseEstimator, OutlierMixin
 from sklearn.utils.validation import check_is_fitted
 
 from anomaly_lab import config, metrics, switches
+from anomaly_lab.advice import advice
 from anomaly_lab.build import epochs, make_augment, make_detector, make_lightning_trainer, make_prepare
 from anomaly_lab.data import OneClassData
 from anomaly_lab.datasets import Images
+from anomaly_lab.detector import Detector
 from anomaly_lab.errors import explained
+from anomaly_lab.players import Learning
 from anomaly_lab.predict import FittedDetector
 from anomaly_lab.splits import Official, Partition, Target
 
 NOT_OF_ARRAYS = ("model", "size", "seed", "dataset", "experiment", "normal_class", "abnormal_class")
 """Keys that are parameters of the estimator, or that its arrays stand for."""
+
+
+OF_SPLIT = ("max_train", "val_share", "seed")
+"""Keys of ``split`` that arrays have a use for."""
+
+
+def _release(detector: Detector) -> None:
+    """Let go of what only fitting needs: trainer, images, optimisers. What scores stays, and can be pickled."""
+    detector._trainer, detector._images, detector._players, detector.learning = None, None, {}, Learning()
+    detector._further = detector._further_of_epoch = iter(())
+
+
+def _stands_for_data(key: str) -> bool:
+    section, _, name = key.partition(".")
+    return key in NOT_OF_ARRAYS or (section == "split" and name not in OF_SPLIT)
 
 
 @dataclass(frozen=True)
@@ -44,7 +62,10 @@ class _Everything(Official):
         return 0
 
     def __call__(self, images: Images, target: Target, seed: int) -> Partition:
-        train, val = self.hold_out(images, np.arange(len(images)), seed if self.seed is None else self.seed)
+        seed = seed if self.seed is None else self.seed
+        normals = self._thin(images, [np.arange(len(images))], self.max_train, "max_train", seed)
+        self._refuse_unlearnable(images, normals, "normal")
+        train, val = self.hold_out(images, normals, seed)
         none, no_truth = np.zeros(0, np.int64), np.zeros(0, np.uint8)
         return Partition(train, np.zeros(len(train), np.uint8), val, none, no_truth, "", none, none)
 
@@ -93,13 +114,13 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
         if isinstance(self.overrides, str):
             raise ValueError(f"overrides={self.overrides!r} is one text: give a list of key=value")
         given = list(self.overrides)
-        if wrong := [word for word in given if word.split("=")[0].lstrip("+~") in (*NOT_OF_ARRAYS, "split")]:
+        if wrong := [word for word in given if _stands_for_data(word.split("=")[0].lstrip("+~"))]:
             raise ValueError(f"overrides={wrong}: give model, size and seed as arguments; the data are the arrays")
         words = [f"model={self.model}", f"size={self.size}", f"seed={self.seed}", *given]
         try:
             cfg = config.compose(words)
         except HydraException as error:
-            raise ValueError(config.advice(error, words) or explained(error)) from error
+            raise ValueError(advice(error, words) or explained(error)) from error
         config.refuse_impossible(cfg)
         if cfg.model.members or cfg.model.get("labels"):
             raise ValueError(f"model={self.model} needs more than normal images: use the command line")
@@ -143,7 +164,7 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
             "config": {"trainer": {"precision": precision}},
             "identity": {"model": self.model},
         }
-        detector._trainer = None
+        _release(detector)
         self.detector_ = FittedDetector(detector.to(device).eval(), prepare, result, device)
         val_score = self.detector_.score(images.pixels[data.partition.val])
         threshold = metrics.threshold_from_normals(val_score, cfg.trainer.threshold_quantile)

@@ -407,7 +407,9 @@ def lines(frame: pd.DataFrame, x: str, y: str, group: str, title: str = "", *, x
     if not groups:
         axes.text(0.5, 0.5, "nothing was recorded", transform=axes.transAxes, ha="center", color=NEUTRAL)
     elif outside:
-        axes.legend(frameon=False, fontsize=8, handlelength=4, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
+        axes.legend(
+            frameon=False, fontsize=8, handlelength=4, loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0
+        )
     else:
         axes.legend(frameon=False, fontsize=8.5)
     _title(axes, title, 100 if outside else 70)

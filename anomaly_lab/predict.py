@@ -89,12 +89,14 @@ class FittedDetector:
         return None if found is None else found.astype(np.float32, copy=False)
 
     def read(self, paths: Sequence[str | Path], broken: list[Unreadable] | None = None) -> NDArray[np.uint8]:
-        """Image files as uint8 (N,C,H,W): in the colours of the run's data set, stretched to its size if they differ.
+        """Image files as uint8 (N,C,H,W): in the colours of the run's data set, stretched to its size if that is
+        square.
 
         Done as by `anomaly_lab.datasets.ImageFolder`; orientation tags are obeyed, transparency is ignored.
 
         Args:
-            broken: takes what is wrong with files that are no readable 8-bit images, which are then left out.
+            broken: takes what is wrong with files that are no readable 8-bit images, or of another size than a data set
+                that is not square; they are then left out.
 
         Raises:
             ValueError: there are such files and no ``broken``; all of them are named.
@@ -104,12 +106,12 @@ class FittedDetector:
         for path in paths:
             try:
                 image = open_image(path, str(path), channels, height if height == width else None)
+                if image.shape[1:] != (height, width):  # only where the data set itself is not square
+                    has = f"it has {image.shape[2]}x{image.shape[1]} pixels, the run's images {width}x{height}"
+                    raise Unreadable(str(path), has)
+                images.append(image[None])
             except Unreadable as fault:
                 faults.append(fault)
-                continue
-            if image.shape[1:] != (height, width):  # only where the data set itself is not square
-                raise ValueError(f"{path} has {image.shape[2]}x{image.shape[1]} pixels: bring it to {width}x{height}")
-            images.append(image[None])
         if broken is not None:
             broken += faults
         elif faults:
@@ -205,6 +207,21 @@ def load_run(
     if not (folder / "result.json").is_file():
         raise ValueError(f"{folder} holds no finished run: give the folder with its result.json and last.ckpt")
     result = record.read(folder, scored=False)
+
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        return _loaded(folder, result, device, data_dir, trust)
+    # A ValueError says what to do itself; these say that something is not there, or is of another kind.
+    except (KeyError, TypeError, AttributeError, OmegaConfBaseException) as error:
+        raise ValueError(
+            f"{folder / 'result.json'} is damaged, or of other code ({type(error).__name__}: {shortened(error)})"
+        ) from error
+
+
+def _loaded(
+    folder: Path, result: dict[str, Any], device: str, data_dir: str | Path | None, trust: Sequence[str]
+) -> FittedDetector:
     if members := result["config"]["model"].get("members"):
         raise ValueError(
             f"{folder} adds up what the runs of model.members={str(members)[:200]} scored and has no detector of its "
@@ -244,7 +261,9 @@ def load_run(
     except Exception as error:
         raise ValueError(f"{folder / 'last.ckpt'} does not fit this version of {result['identity']['model']}, or is "
                          f"damaged ({type(error).__name__}: {shortened(error)})") from error  # fmt: skip
-    return FittedDetector(detector.to(where).eval(), make_prepare(cfg), result, where)
+    made = FittedDetector(detector.to(where).eval(), make_prepare(cfg), result, where)
+    _ = made.stored_shape, made.threshold, config["trainer"]["precision"]  # what scoring asks for: here, not there
+    return made
 
 
 def _moved(section: Any, old: Path, new: Path) -> Any:

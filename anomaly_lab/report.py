@@ -220,13 +220,18 @@ def _caption(section: Section) -> str:
     return text
 
 
+def _mean_text(values: pd.Series[float]) -> str:
+    known = int(values.notna().sum())
+    return "n/a" if not known else f"{values.mean():.3f}" + f" ({known}/{len(values)})" * (known < len(values))
+
+
 def _summary(frame: pd.DataFrame) -> tuple[list[str], list[list[str]]]:
     """The other metrics of one section, each the mean over its runs."""
     shown = [column for column in results.COLUMNS if column.heading]
     header = ["method", "runs", *(column.heading for column in shown), "epochs", "images/s"]
     rows = []
     for name, part in frame.groupby("label", sort=False):
-        texts = ["n/a" if math.isnan(v) else f"{v:.3f}" for v in (part[column.name].mean() for column in shown)]
+        texts = [_mean_text(part[column.name]) for column in shown]
         epochs = sorted(set(part["epochs"]))
         span = str(epochs[0]) if len(epochs) == 1 else f"{epochs[0]}-{epochs[-1]}"
         speed = part["images_per_second"].mean()

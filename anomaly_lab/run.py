@@ -113,8 +113,6 @@ def _refuse_loss(lock: Lock) -> None:
 def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback], lock: Lock) -> dict[str, Any]:
     cfg, split, out = job.cfg, job.split, job.out
     code = _code()  # now: what lies in the checkout when the run ends may be other code
-    if not 0 < cfg.trainer.threshold_quantile < 1:
-        raise ValueError(f"trainer.threshold_quantile={cfg.trainer.threshold_quantile}: give a number between 0 and 1")
     data = make_data(job)
     detector = make_detector(cfg, data.image_shape, epochs(cfg, data))
     class_name = split.title(data.images, data.target)

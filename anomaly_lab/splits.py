@@ -173,11 +173,7 @@ class Split(ABC):
         parts = self._parts(images, normal, anomalous, name, seed)
 
         normals = self._thin(images, [parts.train_normal], self.max_train, "max_train", seed)
-        if len(normals) < FEWEST_NORMALS:
-            raise ValueError(
-                f"{images.name} has {len(normals)} normal training images for {self.role} class {name!r}: "
-                f"at least {FEWEST_NORMALS} are needed"
-            )
+        self._refuse_unlearnable(images, normals, name)
         normals, val = self.hold_out(images, normals, seed)
         draw = f"contamination of {name}"
         added = self._anomalies(self.contamination, images, parts.train_anomalous, anomalous, draw, len(normals), seed)
@@ -217,6 +213,19 @@ class Split(ABC):
     def targets(self, images: Images) -> tuple[int, ...]:
         """Indices of the classes that this protocol accepts, in the order of its table."""
         return tuple(range(len(self.classes(images))))
+
+    def _refuse_unlearnable(self, images: Images, normals: Indices, name: str) -> None:
+        if len(normals) < FEWEST_NORMALS:
+            raise ValueError(
+                f"{images.name} has {len(normals)} normal training images for {self.role} class {name!r}: "
+                f"at least {FEWEST_NORMALS} are needed"
+            )
+        first = images.pixels[normals[0]]
+        if not any((images.pixels[one] != first).any() for one in normals):
+            raise ValueError(
+                f"{images.name}: all {len(normals)} normal training images for {self.role} class {name!r} are the same "
+                "image: there is nothing to learn"
+            )
 
     def hold_out(self, images: Images, normals: Indices, seed: int) -> tuple[Indices, Indices]:
         """What trains of the training normals, and what is held out."""
@@ -562,6 +571,16 @@ class Ood(Official):
 
     def _sides(self, images: Images, target: Target) -> tuple[list[int], list[int]]:
         return list(_several(target)), [images.class_names.index(name) for name in self.anomalies]
+
+    def indices(self, images: Images, named: tuple[str | int, ...]) -> list[int | str]:
+        return [*sorted({str(one) for one in named})]  # other data sets have a name and no index
+
+    def _named_labels(self, of: _Anomalies, images: Images, anomalous: list[int]) -> list[int]:
+        assert of.classes is not None
+        if wrong := [named for named in of.classes if named not in self.anomalies]:
+            names = ", ".join(self.anomalies)
+            raise ValueError(f"{of.key} class {wrong[0]!r} is not anomalous here: choose among {names}")
+        return [images.class_names.index(str(named)) for named in of.classes]
 
     def _parts(self, images: Images, normal: list[int], anomalous: list[int], target: str, seed: int) -> _Parts:
         if not images.is_test[np.isin(images.labels, normal)].any():  # the other data sets have a test half

@@ -135,6 +135,8 @@ def refuse_unsound(content: Mapping[str, Any], where: str) -> None:
     if not entries:
         raise ValueError(f"{where}: holds no runs")
     for entry in entries:
+        if lacking := sorted({"scores_sha256", "threshold_quantile", "identity"} - entry.keys()):
+            raise ValueError(f"{where}: {entry['row'].get('path')} does not say its {lacking[0]}")
         if fault := results.fault(entry["row"]):
             raise ValueError(f"{where}: {fault}, which no run writes")
     protocols = {json.dumps(protocol(entry), sort_keys=True): protocol(entry) for entry in entries}

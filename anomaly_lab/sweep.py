@@ -134,7 +134,8 @@ def gpus() -> list[str]:
     """The GPUs this process may use, by the names CUDA_VISIBLE_DEVICES has for them."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
     if visible is not None:
-        return [name for name in visible.split(",") if name]
+        names = visible.split(",")
+        return [name for name in (names[: names.index("-1")] if "-1" in names else names) if name]  # as CUDA reads it
     import torch
 
     return [str(number) for number in range(torch.cuda.device_count())]

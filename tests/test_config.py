@@ -22,6 +22,25 @@ YAMLS = sorted(config.CONFIG_DIR.rglob("*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in (config.CONFIG_DIR / "experiment").glob("*.yaml"))
 
 
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        *((f"model.detector.contrast={word}", "true or false") for word in ("no", "off", "null_", "1")),
+        ("trainer.figures=no", "true or false"),
+        ("trainer.watch_test=off", "true or false"),
+        ("trainer.threads=0", "trainer.threads=0: give a whole number from 1"),
+        ("trainer.score_batch_size=-3", "score_batch_size=-3: give a whole number from 1"),
+        ("trainer.threshold_quantile=abc", "threshold_quantile=abc: give a number"),
+        ("trainer.feature_cache_gb=abc", "feature_cache_gb=abc: give a number"),
+        ("model.input.size=abc", "model.input.size=abc: give a number"),
+        ("model.input.size=true", "model.input.size=True: give a number"),
+    ],
+)
+def test_a_text_is_no_switch_and_no_number(word: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        config.refuse_impossible(config.compose(["model=ocsvm", word]))
+
+
 def test_a_plain_run_has_nothing_changed_and_a_plain_folder() -> None:
     cfg = config.compose(["model=shared_ae", "size=full", "normal_class=8", "seed=3"])
     assert config.changed(cfg) == {}
@@ -184,7 +203,7 @@ ALLOWED = {
     "archive": {"files", "record", "results"},
     "batches": set(),
     "cuda_graphs": set(),
-    "config": {"record"},
+    "config": {"errors", "record"},
     "files": set(),
     "errors": {"files"},
     "datasets": {"errors", "files", "pictures"},
@@ -213,8 +232,23 @@ ALLOWED = {
         "record",
         "turns",
     },
+    "advice": {"config"},
     "cli": {"errors", "files"},
-    "estimator": {"build", "config", "data", "datasets", "errors", "metrics", "predict", "splits", "switches"},
+    "extras": {"results", "tables"},
+    "estimator": {
+        "advice",
+        "build",
+        "config",
+        "data",
+        "datasets",
+        "detector",
+        "errors",
+        "metrics",
+        "players",
+        "predict",
+        "splits",
+        "switches",
+    },
     "export": {"errors", "files"},
     "features": {"datasets", "errors", "files"},
     "figures": {"files", "metrics"},
@@ -228,7 +262,7 @@ ALLOWED = {
     "status": {"files", "record", "results", "slurm"},
     "submission": {"archive", "errors", "files", "record", "results"},
     "tables": {"results"},
-    "report": {"files", "results", "status", "tables"},
+    "report": {"extras", "files", "results", "status", "tables"},
     "ranking": {"files", "report", "results", "tables"},
     "testing": {"batches", "build", "config", "data", "detector", "errors", "players", "switches"},
     "trust": {"detector"},
@@ -269,7 +303,19 @@ TORCHLESS = {
 LATE = {
     "__init__": {"estimator", "predict"},
     "config": {"datasets"},
-    "cli": {"archive", "config", "export", "files", "networks", "pictures", "predict", "ranking", "report", "results"}
+    "cli": {
+        "advice",
+        "archive",
+        "config",
+        "export",
+        "files",
+        "networks",
+        "pictures",
+        "predict",
+        "ranking",
+        "report",
+        "results",
+    }
     | {"submission", "sweep", "testing"}
     | {"hydra", "numpy", "omegaconf", "torch", "tqdm"},
     "datasets": {"PIL", "sklearn", "torchvision", "tqdm"},

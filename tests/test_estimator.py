@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -74,10 +76,29 @@ def test_it_stands_in_pipelines_and_in_cross_validation() -> None:
     assert set(np.unique(pipeline.predict(rows.reshape(150, -1)))) == {0, 1}
     aurocs = cross_val_score(estimator, rows, truth, cv=StratifiedKFold(3), scoring="roc_auc")
     assert aurocs.shape == (3,) and (aurocs > 0.5).all()
-    copy = clone(estimator).set_params(seed=3)
-    assert copy.get_params()["seed"] == 3 and copy.get_params()["model"] == "knn" and not hasattr(copy, "threshold_")
+    cloned = clone(estimator).set_params(seed=3)
+    assert (
+        cloned.get_params()["seed"] == 3 and cloned.get_params()["model"] == "knn" and not hasattr(cloned, "threshold_")
+    )
     labels = estimator.fit_predict(rows[:100])
     assert np.array_equal(labels, estimator.labels_)
+
+
+@pytest.mark.parametrize("model", ["shared_ae_50", "mean_image"])
+def test_a_fitted_one_can_be_copied_and_pickled_without_its_training_images(model: str) -> None:
+    x = digits()[0][:60]
+    short = ["model.budget.epochs=1", "model.budget.epoch_steps=1", "trainer.accelerator=cpu", "split.val_share=0.4"]
+    fitted = AnomalyDetector(model, overrides=short).fit(x)
+    text = pickle.dumps(fitted)
+    assert x[0].tobytes() not in text
+    for again in (pickle.loads(text), copy.deepcopy(fitted)):
+        assert np.array_equal(again.decision_function(x), fitted.decision_function(x))
+        assert again.threshold_ == fitted.threshold_
+
+
+def test_max_train_thins_the_array() -> None:
+    bank = AnomalyDetector("knn", overrides=["split.max_train=30"]).fit(digits()[0][:60]).detector_.detector.bank
+    assert len(bank) == 25  # five are held out
 
 
 def test_every_layout_is_the_same_images() -> None:
@@ -109,7 +130,12 @@ def test_every_layout_is_the_same_images() -> None:
         ({}, np.zeros((0, 8, 8)), "X must be images"),
         ({"model": "supervised_ceiling"}, np.zeros((30, 8, 8)), "needs more than normal images"),
         ({"overrides": ["dataset=mnist"]}, np.zeros((30, 8, 8)), "the data are the arrays"),
-        ({"overrides": ["split.val_share=0.9"]}, np.zeros((30, 8, 8)), "leaves 3 of 30 normals to train on"),
+        ({"overrides": ["split.contamination.rate=0.1"]}, np.zeros((30, 8, 8)), "the data are the arrays"),
+        ({"overrides": ["split.max_test=5"]}, np.zeros((30, 8, 8)), "the data are the arrays"),
+        ({"overrides": ["split.val_share=0.9"]}, np.eye(64).reshape(64, 8, 8)[:30], "leaves 3 of 30 normals to train"),
+        ({"overrides": ["trainer.threshold_quantile=0"]}, np.zeros((30, 8, 8)), "threshold_quantile=0: give a number"),
+        ({}, np.zeros((30, 8, 8)), "all 30 normal training images .* are the same image"),
+        ({}, np.eye(64).reshape(64, 8, 8)[:9], "has 9 normal training images .* at least 10 are needed"),
     ],
 )
 def test_what_is_no_array_of_images_is_refused(given: dict, x: np.ndarray, message: str) -> None:

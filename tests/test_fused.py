@@ -96,5 +96,13 @@ def test_what_cannot_be_a_member_is_said(tmp_path: Path) -> None:
     for some in ("null", "[]", "pca", "[pca]", "[pca,pca]"):
         with pytest.raises(ValueError, match=r"model.members=.*: name at least two different models"):
             run(fused(tmp_path, members=some))
-    with pytest.raises(ValueError, match="name at least two different models: model=fused"):
+    with pytest.raises(ValueError, match="knn has a detector of its own: use model=fused"):
         run(fused(tmp_path, "model=knn"))
+    with pytest.raises(ValueError, match=r"model.input.size cannot be set: fused adds up its members' runs at their"):
+        run(fused(tmp_path, "model.input.size=16"))
+
+
+def test_what_only_batch_norm_has_is_not_asked_of_a_sum(tmp_path: Path) -> None:
+    cfg = fused(tmp_path, "trainer.measure_leak=true", "trainer.watch_test=true")
+    made = run(cfg)
+    assert made is not None and config.job(cfg).finished() == made, "it counts as done"

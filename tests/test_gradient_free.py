@@ -241,6 +241,21 @@ def test_hyper_parameters_follow_from_normals_alone() -> None:
             "nu=0: give a number above 0",
         ),
         (
+            lambda: OneClassSVM(SHAPE, contrast=False, pca_variance=None, nu=0.1, gamma=0),
+            "gamma=0: give a number above 0",
+        ),
+        (
+            lambda: fitted(
+                OneClassSVM(SHAPE, contrast=False, pca_variance=None, nu=0.1, gamma=None),
+                torch.cat([images(1).repeat(90, 1, 1, 1), images(10, seed=1)]),
+            ),
+            "copies of each other, so no gamma follows",
+        ),
+        (
+            lambda: fitted(PCA(SHAPE, score="residual", components=None), images(1).repeat(30, 1, 1, 1)),
+            "too much alike for principal components",
+        ),
+        (
             lambda: KernelDensity(SHAPE, contrast=False, pca_variance=2, bandwidth=None),
             "pca_variance=2: give a number above 0",
         ),

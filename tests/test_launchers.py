@@ -15,7 +15,7 @@ from conftest import Said
 from laboratory import BARE, Lab, environment, unlimited, until
 from omegaconf import OmegaConf
 
-from anomaly_lab import cli
+from anomaly_lab import cli, sweep
 from hydra_plugins.anomaly_lab_launchers import ParallelLauncher, RayLauncher, SlurmLauncher
 
 
@@ -27,6 +27,12 @@ def lab_here(tmp_path: Path, data: Path) -> Callable[..., Said]:
         return Lab(tmp_path, environment(data) | variables)(*words)
 
     return command
+
+
+@pytest.mark.parametrize(("visible", "names"), [("", []), ("-1", []), ("3,5", ["3", "5"]), ("3,-1,5", ["3"])])
+def test_gpus_are_those_that_cuda_sees(monkeypatch: pytest.MonkeyPatch, visible: str, names: list[str]) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
+    assert sweep.gpus() == names
 
 
 @pytest.mark.slow

@@ -212,6 +212,17 @@ def test_a_trainer_that_stops_early_fits_to_the_end_all_the_same(
     assert detector.called[-1] == "after_fit 40" and len(detector.course.history) < 5
 
 
+def test_a_second_fit_is_of_its_own_images(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    cfg, another = short("knn", tmp_path), short("knn", tmp_path)
+    another.normal_class = 8
+    one, other = (make_data(config.job(each)) for each in (cfg, another))
+    again, fresh = (make_detector(cfg, one.image_shape) for _ in range(2))
+    for detector, data in ((again, one), (again, other), (fresh, other)):
+        Trainer(max_epochs=0).fit(detector, data)
+    assert torch.equal(again.bank, fresh.bank)
+
+
 def test_stages_whose_length_nobody_gave_are_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     detector = Everything((1, 8, 8))

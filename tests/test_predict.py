@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -114,8 +115,10 @@ def test_a_run_on_images_that_are_not_square_takes_files_of_their_size_only(made
     Image.new("L", (8, 4), 7).save(fits)
     Image.new("L", (8, 8)).save(square)
     assert np.array_equal(oblong.read([fits]), np.full((1, 1, 4, 8), 7))
-    with pytest.raises(ValueError, match=r"square\.png has 8x8 pixels: bring it to 8x4"):
+    with pytest.raises(ValueError, match=r"square\.png cannot be read \(it has 8x8 pixels, the run's images 8x4\)"):
         oblong.read([square])
+    broken: list[Any] = []
+    assert len(oblong.read([square, fits], broken)) == 1 and [fault.where for fault in broken] == [str(square)]
 
 
 @pytest.mark.parametrize(
@@ -212,6 +215,22 @@ def test_what_is_no_finished_run_is_said_in_one_line(made, tmp_path, harm, messa
     with pytest.raises(ValueError, match=message) as caught:
         anomaly_lab.load_run(folder)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("key", ["image_shape", "stored_shape", "config", "config.model", "config.model.input"])
+def test_a_result_of_other_code_is_said_in_one_line(made, tmp_path, key) -> None:
+    folder = shutil.copytree(made.out, tmp_path / "run")
+    result = json.loads((folder / "result.json").read_text())
+    del result["config"]["trainer"]["channels_last"]  # earlier code had none, and meant false
+    (folder / "result.json").write_text(json.dumps(result))
+    assert predict.load_run(folder).stored_shape == tuple(result["stored_shape"])
+    section, *words = result, *key.split(".")
+    for word in words[:-1]:
+        section = section[word]
+    del section[words[-1]]
+    (folder / "result.json").write_text(json.dumps(result))
+    with pytest.raises(ValueError, match=r"result\.json is damaged"):
+        predict.load_run(folder)
 
 
 def test_a_device_that_is_not_there_is_said(made) -> None:

@@ -125,6 +125,16 @@ def sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+def test_another_set_that_is_named_contaminates_the_training_images(sets: Path) -> None:
+    words = ["split=ood", "dataset=base", "split.anomalies=[near,far]", "split.contamination.rate=0.1"]
+    made = job(sets, *words, "split.contamination.classes=[near]")
+    data = make_data(made)
+    added = data.partition.train[data.partition.train_truth.astype(bool)]
+    assert len(added) and set(data.images.labels[added]) == {data.images.class_names.index("near")}
+    with pytest.raises(ValueError, match="contamination class 'cat' is not anomalous here: choose among far, near"):
+        make_data(job(sets, *words, "split.contamination.classes=[cat]"))
+
+
 def test_another_set_is_one_class_in_the_shape_of_the_first(sets: Path) -> None:
     made = job(sets, "split=ood", "dataset=base", "split.anomalies=[near,far]")
     assert made.identity["normal_class"] == "all" and made.path.startswith("knn/base/ood/nall/s0-")

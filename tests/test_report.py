@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import math
 import os
 import re
 import shutil
@@ -19,6 +20,12 @@ from finished import AE, SHARED, Runs, grid, identity
 from anomaly_lab import cli, config, report, results, status
 
 # -------------------------------------------------------------------------------- lines
+
+
+def test_a_mean_over_some_runs_says_so() -> None:
+    assert report._mean_text(pd.Series([0.5, 0.7])) == "0.600"
+    assert report._mean_text(pd.Series([0.5, math.nan, 0.7])) == "0.600 (2/3)"
+    assert report._mean_text(pd.Series([math.nan])) == "n/a"
 
 
 def test_published_figure_and_difference_stand_beside_ours(runs: Runs) -> None:

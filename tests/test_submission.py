@@ -279,6 +279,7 @@ def test_submissions_of_one_protocol_saw_the_same_images(made, tmp_path, capsys)
         ('"epochs": 0', '"epochs": true', "epochs is True"),
         ('"class_name": "', '"class_name": 3, "x": "', "class_name is 3"),
         ('\n    "labels": false,', "", "says labels None, its run False"),
+        ('"scores_sha256"', '"scores_sha"', "does not say its scores_sha256"),
         ('"threshold_quantile": 0.95', '"threshold_quantile": 0.5', "says threshold_quantile 0.5, its run 0.95"),
         ('"model": "mean_image"', '"model": "../mean_image"', "model is '../mean_image', which is no name"),
         ('"class_name": "', '"class_name": "\\n\\u001b[2J', "[2J"),
@@ -287,7 +288,7 @@ def test_submissions_of_one_protocol_saw_the_same_images(made, tmp_path, capsys)
         ("{", "\udcff", "is no submission (UnicodeDecodeError"),
         ("{", "[]", "is no submission (JSONDecodeError"),
     ],
-    ids=map(str, range(16)),
+    ids=map(str, range(17)),
 )
 def test_what_no_run_writes_is_refused_in_a_line(made, tmp_path, capsys, old, new, said) -> None:
     text = (made.folder / "mean_image.json").read_text()

@@ -111,12 +111,16 @@ class OneClassSVM(Classical):
         super().__init__(image_shape, contrast=contrast, pca_variance=pca_variance)
         if not 0 < nu <= 1:
             raise ValueError(f"nu={nu}: give a number above 0 and up to 1")
+        if gamma is not None and gamma <= 0:
+            raise ValueError(f"gamma={gamma}: give a number above 0, or null for the median heuristic")
         self.nu, self.gamma = nu, gamma
 
     def fit_features(self, z: Tensor) -> Mapping[str, Tensor]:
         from sklearn.svm import OneClassSVM as Estimator
 
-        gamma = self.gamma or 1 / self._median(z)
+        if self.gamma is None and not (median := self._median(z)):
+            raise ValueError("most training images are copies of each other, so no gamma follows: give one")
+        gamma = 1 / median if self.gamma is None else self.gamma
         fitted = Estimator(nu=self.nu, gamma=gamma, cache_size=1000).fit(z.cpu().numpy())
         return {
             "support": torch.from_numpy(fitted.support_vectors_),

@@ -112,7 +112,10 @@ class PCA(Detector):
     def _most_likely(self, x: Tensor) -> int:
         order = torch.randperm(len(x), generator=self.noise, device=self.noise.device).to(x.device)
         held_out, fitted = order[: len(x) // HELD_OUT], order[len(x) // HELD_OUT :]
-        return int(log_likelihoods(principal_axes(x[fitted]), x[held_out]).argmax()) + 1
+        axes = principal_axes(x[fitted])
+        if len(axes.variance) < 2:
+            raise ValueError(f"the {len(x)} training images are too much alike for principal components: use others")
+        return int(log_likelihoods(axes, x[held_out]).argmax()) + 1
 
     def _residual(self, x: Tensor) -> tuple[Tensor, Tensor]:
         centred = x.flatten(1) - self.mean
