@@ -188,7 +188,7 @@ classes has no row. A method counts once in a group, with the fewest changed key
 
 ## What it says
 
-* *Between methods* held-out scores have different units: over all methods the correlation is slightly negative. Among
+* *Between methods* held-out scores have different units: over all methods nothing is left of the correlation. Among
   the trained ones, nearly all of them autoencoders that score by some reconstruction error, it is positive; whether by
   merit or by the accident of their units these runs cannot tell. Explained variance looks good until the mean image is
   left out, whose explained variance is 0 by definition and which is the weakest floor: nothing of it
