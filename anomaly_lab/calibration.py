@@ -27,7 +27,7 @@ def surprisal(values: Tensor, normal: Tensor) -> Tensor:
     ranks = torch.arange(count, device=normal.device)
     heights = -torch.log((count - ranks) / (count + 1))  # of the values themselves
     upper = normal[-max(count // 10, 2) :]
-    excess = (upper.mean() - upper[0]).clamp_min(max(1e-6 * float(normal.abs().mean()), 1e-12))
+    excess = (upper.mean() - upper[0]).clamp_min((1e-6 * normal.abs().mean()).clamp_min(1e-12))
     right = torch.searchsorted(normal, values.contiguous()).clamp(1, count - 1)
     low, high = normal[right - 1], normal[right]
     share = (values - low) / (high - low).clamp_min(1e-12)
