@@ -200,8 +200,8 @@ classes has no row. A method counts once in a group, with the fewest changed key
   nothing: what is told apart is learning from not learning. These settings were also looked at when the criterion was
   proposed. Most of the groups behind the held-out score are classical methods on digits.
 * *Between epochs of one run* the held-out score says no more than the number of the epoch, for it falls while a
-  network trains. Later is better for encoder-decoder-encoders weighted 50 to 1, and worse for those weighted 1 to 1, the
-  plain autoencoder on digits and HRN on Fashion-MNIST. Over all of them neither goes with AUROC.
+  network trains. Later is better for encoder-decoder-encoders weighted 50 to 1, and worse for the adversarial ones
+  weighted 1 to 1, the plain autoencoder on digits and HRN on Fashion-MNIST. Over all of them neither goes with AUROC.
 * Distinct scores guard against collapse and hardly rank. The parameter change ranks settings of one method, yet the one
   that moves farthest is hardly better than one drawn by lot.
 
