@@ -73,6 +73,9 @@ TOP_LEVEL = (*NAMES_OF_RUNS, "size", "runs", "data_dir")
 
 MEMBERS = "model.members"
 
+UNCHECKED = ("model.input.", "trainer.")
+"""Sections whose numbers nobody else holds to be some; the others say more of theirs where they are used."""
+
 SMALL = "_small"
 """Ends the name of a run's model where its size is reduced: in folders, in tables, in every committed result."""
 
@@ -636,9 +639,9 @@ def refuse_impossible(cfg: DictConfig) -> dict[str, Any]:
     _size(cfg)
     for key, kind in _defaults_of(cfg).kinds.items():
         value = OmegaConf.select(cfg, key)
-        if (type(value) is bool) != (kind is bool) and value is not None:
-            raise ValueError(f"{key}={value}: give {'true or false' if kind is bool else 'a number'}")
-        if kind is not bool and isinstance(value, str):
+        if kind is bool and type(value) is not bool:
+            raise ValueError(f"{key}={value}: give true or false")
+        if kind is not bool and key.startswith(UNCHECKED) and type(value) not in (int, float, type(None)):
             raise ValueError(f"{key}={value}: give a number")
     if not 0 < cfg.trainer.threshold_quantile < 1:
         raise ValueError(f"trainer.threshold_quantile={cfg.trainer.threshold_quantile}: give a number between 0 and 1")

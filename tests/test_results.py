@@ -88,7 +88,7 @@ def test_a_new_metric_is_one_line_in_the_table_of_columns(
     assert np.isnan(frame["aupro"][0]) and frame["aupro"][1] == 0.625, "runs of before have none"
     assert results.read_csv(tmp_path / "before.csv")["aupro"].isna().all(), "what is committed stays valid"
     text = report.markdown(report.sections(frame))
-    assert "| AUPRO |" in text and "| 0.625 |" in text
+    assert "| AUPRO |" in text and "| 0.625 (1/2) |" in text
 
 
 @pytest.mark.parametrize(("model", "size"), [("ganomaly_small", "small"), ("ganomaly", "full")])
