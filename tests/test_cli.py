@@ -87,7 +87,7 @@ def test_a_mistake_gets_one_line(lab: Command, words: str, message: str) -> None
 def test_the_page_shows_what_the_command_answers(lab: Command) -> None:
     page = (Path(__file__).parent.parent / "docs/command_line.md").read_text(encoding="utf-8")
     shown = re.findall(r"^\$ anomaly-lab (.+)\n((?:(?!\$ |```).+\n)+)", page, re.M)
-    assert len(shown) == 9
+    assert len(shown) == 10
     for words, answer in shown:
         said = lab(words)
         assert said.out + said.err == answer, words
