@@ -639,7 +639,7 @@ def refuse_impossible(cfg: DictConfig) -> dict[str, Any]:
     _size(cfg)
     for key, kind in _defaults_of(cfg).kinds.items():
         value = OmegaConf.select(cfg, key)
-        if kind is bool and type(value) is not bool:
+        if kind is bool and type(value) not in (bool, type(None)):  # None: its section is another, or gone
             raise ValueError(f"{key}={value}: give true or false")
         if kind is not bool and key.startswith(UNCHECKED) and type(value) not in (int, float, type(None)):
             raise ValueError(f"{key}={value}: give a number")

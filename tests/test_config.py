@@ -41,6 +41,10 @@ def test_a_text_is_no_switch_and_no_number(word: str, said: str) -> None:
         config.refuse_impossible(config.compose(["model=ocsvm", word]))
 
 
+def test_a_section_that_is_left_out_has_no_switches() -> None:
+    config.refuse_impossible(config.compose(["model=addpa", "model.detector.features=null"]))
+
+
 def test_a_plain_run_has_nothing_changed_and_a_plain_folder() -> None:
     cfg = config.compose(["model=shared_ae", "size=full", "normal_class=8", "seed=3"])
     assert config.changed(cfg) == {}
