@@ -71,8 +71,6 @@ NAMES_OF_RUNS = ("normal_class", "abnormal_class", "seed")
 TOP_LEVEL = (*NAMES_OF_RUNS, "size", "runs", "data_dir")
 """Top-level keys that choose no file."""
 
-MEMBERS = "model.members"
-
 UNCHECKED = ("model.input.", "trainer.")
 """Sections whose numbers nobody else holds to be some; the others say more of theirs where they are used."""
 
@@ -338,7 +336,8 @@ def _identity_keys(cfg: DictConfig) -> dict[str, Any]:
 class _Defaults(NamedTuple):
     keys: dict[str, Any]  # those of the identity
     sizes: bool  # whether the model's yaml has two sizes
-    kinds: dict[str, type]  # bool, int or float: of every key whose default is one
+    switches: tuple[str, ...]  # keys whose default is true or false
+    numbers: tuple[str, ...]  # keys of the `UNCHECKED` whose default is a number
 
 
 @functools.lru_cache(maxsize=256)
@@ -348,8 +347,9 @@ def _defaults(size: str, choices: tuple[str, ...]) -> _Defaults:
     cfg = compose([f"size={size}", *(f"{group}={choice}" for group, choice in groups)])
     sections = (flatten(OmegaConf.to_container(cfg[group], resolve=True), group) for group in GROUPS)
     values = {key: value for section in sections for key, value in section.items()}
-    kinds = {key: type(value) for key, value in values.items() if isinstance(value, bool | int | float)}
-    return _Defaults(_identity_keys(cfg), "${size:" in OmegaConf.to_yaml(cfg.model), kinds)
+    switches = tuple(key for key, value in values.items() if type(value) is bool)
+    numbers = tuple(key for key, value in values.items() if key.startswith(UNCHECKED) and type(value) in (int, float))
+    return _Defaults(_identity_keys(cfg), "${size:" in OmegaConf.to_yaml(cfg.model), switches, numbers)
 
 
 def _defaults_of(cfg: DictConfig) -> _Defaults:
@@ -637,12 +637,15 @@ def refuse_impossible(cfg: DictConfig) -> dict[str, Any]:
     if type(cfg.seed) is not int or cfg.seed < 0:
         raise ValueError(f"seed={cfg.seed}: give a whole number from 0")
     _size(cfg)
-    for key, kind in _defaults_of(cfg).kinds.items():
-        value = OmegaConf.select(cfg, key)
-        if kind is bool and type(value) not in (bool, type(None)):  # None: its section is another, or gone
-            raise ValueError(f"{key}={value}: give true or false")
-        if kind is not bool and key.startswith(UNCHECKED) and type(value) not in (int, float, type(None)):
-            raise ValueError(f"{key}={value}: give a number")
+    default = _defaults_of(cfg)
+    for keys_of, kinds, give in (
+        (default.switches, (bool,), "true or false"),
+        (default.numbers, (int, float), "a number"),
+    ):
+        for key in keys_of:
+            value = OmegaConf.select(cfg, key)
+            if value is not None and type(value) not in kinds:  # None: the key's section is another, or gone
+                raise ValueError(f"{key}={value}: give {give}")
     if not 0 < cfg.trainer.threshold_quantile < 1:
         raise ValueError(f"trainer.threshold_quantile={cfg.trainer.threshold_quantile}: give a number between 0 and 1")
     counts = {name: cfg.trainer[name] for name in ("threads", "score_batch_size") if cfg.trainer[name] is not None}
@@ -662,7 +665,8 @@ def job(cfg: DictConfig) -> Job:
     """
     keys = refuse_impossible(cfg)
     own_changes = changed(cfg, keys)
-    if cfg.model.members and (lost := [key for key in own_changes if key.startswith("model.") and key != MEMBERS]):
+    lost = [key for key in own_changes if key.startswith("model.") and key != "model.members"]
+    if cfg.model.members and lost:
         raise ValueError(f"{lost[0]} cannot be set: {cfg.choices.model} adds up its members' runs at their defaults")
     own = {
         "model": model_name(cfg),
