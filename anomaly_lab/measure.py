@@ -47,6 +47,7 @@ class Measured(NamedTuple):
     by_kind: dict[str, Any]
     by_term: dict[str, float]  # AUROC of each term of the score
     learned: dict[str, float | None]  # `learned`
+    fitted: dict[str, float | list[int]]  # what fitting found, by name: a number, or the shape of an array
     rejected_images: list[dict[str, Any]]  # a row a set, with its true precision and recall
     sets: dict[str, np.ndarray]  # those images, as indices into the data set; what rejected_images.npz holds
     scores: dict[str, np.ndarray]  # what scores.npz holds
@@ -88,6 +89,7 @@ def measure(job: Job, detector: Detector, data: OneClassData, history: Sequence[
         kinds,
         {name: metrics.auroc(term, partition.test_truth) for name, term in terms.items()},
         learned(job, detector, data),
+        _fitted(detector),
         rows,
         sets,
         {
@@ -180,6 +182,12 @@ def learned(job: Job, detector: Detector, data: OneClassData) -> dict[str, float
         "distinct_scores": len(np.unique(detector.scored.test.score)),
         "parameter_change": (moved / size) ** 0.5 if size else None,
     }
+
+
+def _fitted(detector: Detector) -> dict[str, float | list[int]]:
+    """Every number that fitting kept, such as a bandwidth, and the shape of every array, by name."""
+    kept: dict[str, Tensor] = {name: getattr(detector, name) for name in sorted(detector.fitted)}
+    return {name: list(value.shape) if value.ndim else value.item() for name, value in kept.items()}
 
 
 def _by_kind(

@@ -92,6 +92,12 @@ def _by_kind(result: Result) -> str:
     return csv_cell({name: round(value, 4) for name, value in kinds.items()} or None)
 
 
+def _fitted(result: Result) -> str:
+    """Numbers that fitting found, six digits, and the shapes of arrays, as JSON."""
+    found = _key("fitted")(result)
+    return csv_cell({name: float(csv_cell(v)) if isinstance(v, float) else v for name, v in found.items()} or None)
+
+
 def _published_as(result: Result) -> str:
     """The method of published.csv that a run is compared with: what its model's yaml names, else its own."""
     model = (result.get("config") or {}).get("model") or {}
@@ -184,6 +190,8 @@ COLUMNS = (
     Column("by_kind", str, _by_kind, optional=True),
     # What calls an image anomalous: the method's "own rule", or "held-out normals", their threshold.
     Column("decided_by", str, _key("decided_by"), optional=True),
+    # What fitting found beside networks, such as a bandwidth chosen by likelihood: numbers, and the shapes of arrays.
+    Column("fitted", str, _fitted, optional=True),
 )
 """What results.csv holds, in this order. Columns with a dot in their name follow: parameters in which runs differ."""
 

@@ -160,6 +160,7 @@ def _make(job: Job, tracker: tracking.Tracker, callbacks: Sequence[Callback], lo
         "by_kind": measured.by_kind,
         "by_term": measured.by_term,
         "learned": measured.learned,
+        "fitted": measured.fitted,
         "decided_by": "own rule" if "decided" in measured.scores else "held-out normals",
         "partition": {
             "fingerprint": partition.fingerprint,
@@ -232,6 +233,7 @@ def _fuse(job: Job, members: Sequence[Job], tracker: tracking.Tracker, lock: Loc
         "by_kind": by_kind,
         "by_term": {name: made["metrics"]["auroc"] for name, made in results.items()},
         "decided_by": "held-out normals",
+        "fitted": {},
         "learned": dict.fromkeys(one["learned"]) | {"distinct_scores": len(np.unique(sums["score"]))},
         "config": shown,
         "settings": job.settings,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,12 +12,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from anomaly_lab import config, metrics
+from anomaly_lab import config, metrics, results
 from anomaly_lab.build import make_data
 from anomaly_lab.course import Diverged
 from anomaly_lab.data import OneClassData
 from anomaly_lab.detector import Detector
 from anomaly_lab.measure import HARDLY_BEGUN, _refuse_collapse, batch_norm_leak
+from anomaly_lab.methods.classical import BANDWIDTHS
 from anomaly_lab.run import run
 
 
@@ -100,6 +102,25 @@ def test_the_terms_of_a_score_are_kept_for_every_image(tmp_path: Path) -> None:
         "image": metrics.auroc(image, arrays["truth"]),
         "latent": metrics.auroc(latent, arrays["truth"]),
     }
+
+
+def test_what_a_rule_chose_is_in_the_result_and_in_the_table(tmp_path: Path) -> None:
+    """The bandwidth that likelihood chose, one that was given, and the number of components that were kept."""
+    chosen, _ = run_on_digits(tmp_path, "model=kde")
+    given, _ = run_on_digits(tmp_path, "model=kde", "model.detector.bandwidth=3", "model.detector.pca_variance=null")
+    images, pixels = given["fitted"]["bank"]
+    assert given["fitted"] == {"bank": [chosen["partition"]["train"], pixels], "width": 3}
+    assert chosen["fitted"]["width"] in BANDWIDTHS and chosen["fitted"]["bank"][0] == images
+    kept = chosen["fitted"]["bank"][1]
+    assert 1 < kept < pixels and chosen["fitted"]["basis"] == [pixels, kept]
+    table = results.read(tmp_path)
+    assert [json.loads(row)["width"] for row in table["fitted"]] == [
+        pytest.approx(run["fitted"]["width"], rel=1e-5) for run in (chosen, given)
+    ]
+    network, _ = run_on_digits(
+        tmp_path / "network", "model=autoencoder", "model.detector.width=4", "model.budget.epochs=1"
+    )
+    assert network["fitted"] == {}
 
 
 @pytest.mark.slow
