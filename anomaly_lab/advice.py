@@ -12,14 +12,19 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError
 from anomaly_lab import config
 
 
+def unknown_key(error: Exception) -> str | None:
+    """The key that an override sets and no file has; None for other errors."""
+    cause = error.__cause__
+    if isinstance(error, HydraException) and isinstance(cause, ConfigAttributeError | ConfigKeyError):
+        return str(cause.full_key)
+    return None
+
+
 def advice(error: Exception, overrides: Sequence[str]) -> str | None:
     """Of an override that names no key: a line with the keys it may mean; None for other errors, or without any."""
-    cause = error.__cause__
-    if not (isinstance(error, HydraException) and isinstance(cause, ConfigAttributeError | ConfigKeyError)):
+    wrong = unknown_key(error)
+    if wrong is None:
         return None
-    wrong = str(cause.full_key)
-    if wrong.startswith("model.detector.") and any(word.startswith("model=") and "," in word for word in overrides):
-        return f"{wrong} cannot be set for every model of this sweep: give those that have it a command of their own"
     near = _near(wrong, [word for word in overrides if word.split("=")[0] in (*config.GROUPS, "experiment")])
     if not near:
         return None

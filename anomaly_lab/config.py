@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
 import json
 import math
 import os
@@ -134,7 +133,7 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
         before = _composed(_canonical(files), written)
         return _with_keys(before.copy(), overrides, before)
     except (HydraException, OmegaConfBaseException):
-        return without_hydra(_compose(overrides))  # it raises, and names the override
+        return without_hydra(compose_with_hydra(overrides))  # it raises, and names the override
 
 
 _SETS_A_KEY = re.compile(rf"({'|'.join(TOP_LEVEL)}|(?!hydra\.)\w+(\.\w+)+)=")
@@ -158,7 +157,7 @@ def _chosen_anyway() -> frozenset[str]:
 @functools.lru_cache(maxsize=256)
 def _composed(files: tuple[str, ...], written: tuple[object, ...]) -> DictConfig:
     """What is composed of ``files`` alone, of the user's own as they were ``written`` last."""
-    return without_hydra(_compose(files))
+    return without_hydra(compose_with_hydra(files))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -193,12 +192,14 @@ def _hydra() -> Iterator[None]:
         GlobalHydra.instance().hydra = state
 
 
-def _compose(overrides: Sequence[str]) -> DictConfig:
+def compose_with_hydra(overrides: Sequence[str]) -> DictConfig:
+    """All that Hydra composes, its own section included."""
     with _hydra():
         return hydra_compose("train", overrides=[*overrides, *search_path()], return_hydra_config=True)
 
 
-def _parse(overrides: Sequence[str]) -> list[Override]:
+def parse(overrides: Sequence[str]) -> list[Override]:
+    """Overrides as Hydra understands them, those that ask for several runs included."""
     loader = None
     if any("glob(" in word for word in overrides):  # its names come from the folders of conf/
         with _hydra():
@@ -233,74 +234,9 @@ def with_choices(cfg: DictConfig, hydra: Any) -> DictConfig:
     return cfg
 
 
-class Sweep(NamedTuple):
-    """What a multirun is, before any of its jobs is composed."""
-
-    runs: Path
-    grid: dict[str, Any]  # an experiment's own, or a search's space
-    chooses_points: bool  # while it runs, so its jobs cannot be listed beforehand
-
-
-def sweep(overrides: Sequence[str]) -> Sweep:
-    """The multirun that ``overrides`` describe."""
-    cfg = _compose(without_sweeps(overrides))
-    sweeper = cfg.hydra.sweeper
-    return Sweep(Path(cfg.runs), dict(sweeper.params or {}), not sweeper._target_.endswith(".BasicSweeper"))
-
-
-def grids(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of each grid of a multirun: one, or where several experiments are swept one of each.
-
-    An experiment may itself sweep ``experiment``: its runs are those of the experiments that it names.
-    """
-    return [grid for grid, _ in _grids(overrides)]
-
-
-def _grids(overrides: Sequence[str]) -> list[tuple[list[str], Sweep | None]]:
-    """`grids`, each with the multirun that it describes where that had to be composed."""
-    parsed = _parse(overrides)
-    rest = [text for text, one in zip(overrides, parsed, strict=True) if one.get_key_element() != "experiment"]
-    named = [one for one in parsed if one.get_key_element() == "experiment"]
-    if named and named[-1].is_sweep_override():
-        each = ([*rest, f"experiment={name}"] for name in _values(named[-1]))
-        return [grid for one in each for grid in _grids(one)]
-    own = sweep(overrides) if named else None
-    if own is not None and "experiment" in own.grid:
-        return _grids([*(f"{key}={value}" for key, value in own.grid.items()), *rest])
-    return [(list(overrides), own)]
-
-
-def jobs(overrides: Sequence[str]) -> list[list[str]]:
-    """The overrides of every job of a multirun, in Hydra's order, the experiments' own grids included.
-
-    Raises:
-        ValueError: the sweeper chooses its points itself, or a key is swept over nothing.
-    """
-    return [job for grid, own in _grids(overrides) for job in _jobs(grid, own or sweep(grid))]
-
-
-def _jobs(overrides: Sequence[str], own: Sweep) -> list[list[str]]:
-    if own.chooses_points:
-        raise ValueError("this sweeper chooses its points while it runs: there is no list of them beforehand")
-    given = [f"{key}={value}" for key, value in own.grid.items()] + list(overrides)
-    choices: dict[str, list[str]] = {}
-    for override in _parse(given):
-        key = override.get_key_element()
-        if override.is_sweep_override():
-            choices[key] = [f"{key}={value}" for value in _values(override)]
-        else:
-            choices[key] = [f"{key}={override.get_value_element_as_str()}"]
-    return [list(job) for job in itertools.product(*choices.values())]
-
-
-def _values(swept: Override) -> list[str]:
-    if values := list(swept.sweep_string_iterator()):
-        return values
-    raise ValueError(f"{swept.input_line} has no value, so there is no run to make: range(0,10) has 0 to 9")
-
-
 def without_sweeps(overrides: Sequence[str]) -> list[str]:
-    parsed = _parse(overrides)
+    """The overrides that every job of a multirun shares."""
+    parsed = parse(overrides)
     return [text for text, override in zip(overrides, parsed, strict=True) if not override.is_sweep_override()]
 
 
@@ -742,8 +678,3 @@ def members(cfg: DictConfig) -> list[Job]:
             member[key] = cfg[key]
         found.append(job(member))
     return found
-
-
-def expected_runs(experiment: str, overrides: Sequence[str] = ()) -> list[Job]:
-    """Every run of ``conf/experiment/<experiment>.yaml``."""
-    return [job(compose(words)) for words in jobs([f"experiment={experiment}", *overrides])]

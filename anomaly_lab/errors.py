@@ -119,7 +119,7 @@ def explained(error: Exception) -> str | None:
 def _quoted(override: str) -> str:
     """How to write a value whose signs Hydra takes for its own, or none of; empty where quotes would not help."""
     from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import OverrideParseException
+    from hydra.errors import HydraException
 
     key, equals, value = override.partition("=")
     listed = value.startswith("[") and value.endswith("]")
@@ -128,7 +128,7 @@ def _quoted(override: str) -> str:
     written = f"{key}=[{','.join(quoted)}]" if listed else f"{key}={quoted[0]}"
     try:
         OverridesParser.create().parse_override(written)
-    except OverrideParseException:
+    except HydraException:  # of signs that no quotes help with, not its OverrideParseException
         return ""
     also = ", or give the index of the class" if key.endswith(("_class", "classes")) else ""
     return f"quote the value and the whole, {shlex.quote(written)}{also}" if equals and value else ""

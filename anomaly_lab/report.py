@@ -587,10 +587,10 @@ def save_dashboard(place: str) -> None:
 def _grid(experiment: str) -> list[Job]:
     from hydra.errors import HydraException  # late, so that --help is quick
 
-    from anomaly_lab import config
+    from anomaly_lab import grids
 
     try:
-        return config.expected_runs(experiment)
+        return grids.expected_runs(experiment)
     except HydraException as error:  # an unknown name, with the known ones, over many lines
         text = str(error).partition("Config search path")[0]
         raise ValueError(" ".join(text.split())) from None

@@ -28,7 +28,7 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.errors import HydraException
 from hydra.types import RunMode
 
-from anomaly_lab import config, record, slurm, status
+from anomaly_lab import config, grids, record, slurm, status
 from anomaly_lab.config import Job
 from anomaly_lab.errors import DONE, FAILED, MISTAKE, Terminated, exit_code, explained, flat, ignore_pipe
 from anomaly_lab.files import UNWRITABLE, take_lock
@@ -47,11 +47,12 @@ def make(hydra_main: Callable[[Sequence[str]], None], overrides: Sequence[str]) 
     Args:
         hydra_main: lets Hydra call `job` for every run of the grid that overrides describe.
     """
-    asked = config.sweep(overrides)
-    jobs = [] if asked.chooses_points else config.jobs(overrides)
+    asked = grids.sweep(overrides)
+    jobs = [] if asked.chooses_points else grids.jobs(overrides)
+    grids.refuse_unknown_keys(jobs)
     try:
         with open_journal(asked.runs) as journal:
-            for grid in [overrides] if asked.chooses_points else config.grids(overrides):
+            for grid in [overrides] if asked.chooses_points else grids.grids(overrides):
                 survive_killed_workers(functools.partial(hydra_main, grid), journal)
             jobs = jobs or journal.jobs()
     except OSError as error:
@@ -451,7 +452,9 @@ def dry_run(overrides: Sequence[str]) -> int:
         if (line := config.caution(run)) is not None:
             cautions.add(line)
 
-    members = _grid(config.jobs(overrides), trial)
+    jobs = grids.jobs(overrides)
+    grids.refuse_unknown_keys(jobs)
+    members = _grid(jobs, trial)
     seconds: dict[Any, list[float]] = {}
     left = []
     alike = Counter(one.status.detail for one in members if one.job is None)

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from conftest import Command, Said
 
-from anomaly_lab import cli, config, record, sweep
+from anomaly_lab import cli, config, grids, record, sweep
 
 TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 trainer.progress=false"
 
@@ -34,7 +34,20 @@ TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 
         ("hydra/launcher=typo", "there is no hydra/launcher=typo: choose among abreast, basic"),
         ("typo=1", "typo cannot be set"),
         ("model.detector.widht=1", "model.detector.widht cannot be set: write model.detector.width=1; "),
-        ("-m model=mean_image,anogan model.detector.steps=9", "model.detector.steps cannot be set for every model of"),
+        (
+            "-m model=mean_image,ede model.detector.width=9",
+            "set for every model of this sweep (mean_image has none)",
+        ),
+        ("-m model=kde,knn,pca model.detector.bandwidth=1,2", "set for every model of this sweep (knn, pca have none)"),
+        (
+            "-m model=kde,ocsvm model.detector.bandwith=1",
+            "model.detector.bandwith cannot be set: write model.detector.",
+        ),
+        (
+            "-m model=kde,ocsvm model.detector.bandwith=1 --dry-run",
+            "model.detector.bandwith cannot be set: write model.",
+        ),
+        (r"""dataset.path="/a\'b" """, "is no key=value: "),
         ("epochs=3", "epochs cannot be set: write model.budget.epochs=3; "),
         ("-m epochs=3 seed=0,1", "epochs cannot be set: write model.budget.epochs=3; "),
         ("--dry-run epochs=3", "epochs cannot be set: write model.budget.epochs=3; "),
@@ -87,7 +100,7 @@ def test_a_mistake_gets_one_line(lab: Command, words: str, message: str) -> None
 def test_the_page_shows_what_the_command_answers(lab: Command) -> None:
     page = (Path(__file__).parent.parent / "docs/command_line.md").read_text(encoding="utf-8")
     shown = re.findall(r"^\$ anomaly-lab (.+)\n((?:(?!\$ |```).+\n)+)", page, re.M)
-    assert len(shown) == 10
+    assert len(shown) == 11
     for words, answer in shown:
         said = lab(words)
         assert said.out + said.err == answer, words
@@ -118,6 +131,25 @@ def test_one_run_prints_its_result_and_a_second_call_only_reads_it(lab: Command)
     result["metrics"]["oracle_auroc"] = 0.98765
     result_path.write_text(json.dumps(result))
     assert re.search(r"^oracle AUROC +0\.988  \(best epoch on the test labels: not a result\)$", lab(TINY).out, re.M)
+
+
+@pytest.mark.parametrize("value", ["null", "0.5"])
+def test_a_key_that_the_default_model_lacks_is_set_in_each_job_of_a_sweep(lab: Command, value: str) -> None:
+    words = f"model=kde,ocsvm model.detector.pca_variance={value} trainer.progress=false logger=none"
+    assert lab(f"-m {words} --dry-run").out.count("missing ") == 2
+    code, out, err = lab(f"-m {words} normal_class=0,1")
+    assert (code, err, out.splitlines()[-1]) == (0, "", "4 runs: 4 done")
+    assert sum(line.endswith(f"pca_variance={value.replace('null', 'None')}") for line in out.splitlines()) == 4
+    assert lab(f"-m {words} normal_class=0,1 --dry-run").out == "4 runs: 4 done, 0 to do\n"
+
+
+def test_a_key_of_an_experiments_model_is_set_in_each_of_its_jobs(lab: Command) -> None:
+    words = (
+        "experiment=published_rules_kde dataset=digits split=pooled logger=none trainer.progress=false normal_class=0"
+    )
+    code, out, err = lab(f"-m {words} model.detector.bandwidth=3")
+    assert (code, err, out.splitlines()[-1]) == (0, "", "2 runs: 2 done")
+    assert out.count("  bandwidth=3") == 2 and out.count("  pca_variance=None") == 1
 
 
 def test_models_are_named_by_a_pattern(lab: Command) -> None:
@@ -325,7 +357,7 @@ def test_the_commands_that_help_shows_compose() -> None:
     commands = re.findall(r"^ +anomaly-lab ((?:\S+ )*\S+)", shown, re.M)
     assert len(commands) >= 3
     for command in commands:
-        assert config.jobs([word for word in shlex.split(command) if not word.startswith("-")])
+        assert grids.jobs([word for word in shlex.split(command) if not word.startswith("-")])
 
 
 def test_a_sweeps_journal_outlives_torn_lines_and_is_not_made_anew_by_late_jobs(tmp_path: Path) -> None:

@@ -12,11 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
 from hydra.errors import HydraException
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
-from anomaly_lab import config
+from anomaly_lab import config, grids
 
 YAMLS = sorted(config.CONFIG_DIR.rglob("*.yaml"))
 EXPERIMENTS = sorted(path.stem for path in (config.CONFIG_DIR / "experiment").glob("*.yaml"))
@@ -117,7 +118,7 @@ def test_a_setting_spelled_out_at_its_default_changes_nothing() -> None:
 
 
 def test_an_experiment_is_named_but_is_no_part_of_the_identity() -> None:
-    job = config.jobs(["experiment=shared_ae_readings"])[1]
+    job = grids.jobs(["experiment=shared_ae_readings"])[1]
     cfg = config.compose([*job, "dataset=digits", "split=pooled"])
     assert cfg.choices.experiment == "shared_ae_readings"
     assert "model.budget.epochs" in config.changed(cfg), "the experiment's body is not a group's default"
@@ -138,16 +139,34 @@ def test_a_number_that_is_one_classs_name_and_anothers_index_is_refused(tmp_path
 
 
 def test_jobs_of_a_multirun_are_hydras() -> None:
-    jobs = config.jobs(["model=ede,shared_ae", "normal_class=range(0,3)", "trainer.progress=false"])
+    jobs = grids.jobs(["model=ede,shared_ae", "normal_class=range(0,3)", "trainer.progress=false"])
     assert len(jobs) == 6
     assert jobs[0] == ["model=ede", "normal_class=0", "trainer.progress=False"]
     assert jobs[-1] == ["model=shared_ae", "normal_class=2", "trainer.progress=False"]
 
 
+@pytest.mark.parametrize(
+    "value",
+    ["null", "true", "3", "1e-3", "a/b.c", "'a b'", r"'a\'b,c'", "[0,0.9]", "[]", "{size:28,fit:resize}", "-inf"],
+)
+def test_what_a_sweep_sets_in_each_job_is_what_was_given(value: str) -> None:
+    """However it is quoted on its way through Hydra's sweeper."""
+    [words] = grids.grids(["model=ede,knn", f"model.key={value}"])
+    moved = words[1].removeprefix("+hydra.sweeper.params=")
+    [said] = config.parse([f"x={moved}"])
+    [(key, text)] = said.value().items()
+    [[job]] = BasicSweeper.split_arguments(config.parse([f"{key}={text}"]), None)
+    assert config.parse(job)[0].value() == config.parse([f"model.key={value}"])[0].value()
+    assert job == [word for word in grids.jobs(["model=ede,knn", f"model.key={value}"])[0] if "key" in word]
+    assert grids.grids(["model=ede", f"model.key={value}", "seed=0,1"])[0][1] == f"model.key={value}", (
+        "nothing is swept"
+    )
+
+
 def test_the_command_line_replaces_a_part_of_an_experiments_grid() -> None:
-    whole = config.jobs(["experiment=jia2022_mnist"])
+    whole = grids.jobs(["experiment=jia2022_mnist"])
     assert len(whole) == 9 * 10 * 3, "five rows of the ablation, three floors and the ceiling"
-    assert len(config.jobs(["experiment=jia2022_mnist", "seed=0", "model=ede"])) == 10
+    assert len(grids.jobs(["experiment=jia2022_mnist", "seed=0", "model=ede"])) == 10
 
 
 def test_several_experiments_are_their_grids_one_after_another(users: Path) -> None:
@@ -161,17 +180,17 @@ def test_several_experiments_are_their_grids_one_after_another(users: Path) -> N
         (users.parent / "experiment" / f"{name}.yaml").write_text(text)
     one = [["model=ede", f"seed={seed}", "size=full", "experiment=one"] for seed in (0, 1)]
     two = [[f"model={model}", "size=full", "experiment=two"] for model in ("pca", "knn")]
-    assert config.jobs(["experiment=one,two", "size=full"]) == [*one, *two]
-    assert config.grids(["experiment=one", "size=full"]) == [["experiment=one", "size=full"]]
-    named = config.jobs(["experiment=both", "size=full"])
+    assert grids.jobs(["experiment=one,two", "size=full"]) == [*one, *two]
+    assert grids.grids(["experiment=one", "size=full"]) == [["experiment=one", "size=full"]]
+    named = grids.jobs(["experiment=both", "size=full"])
     assert [sorted(job) for job in named] == [sorted([*job, "normal_class=1"]) for job in [*one, *two]]
-    assert {len(config.jobs([f"experiment=both{words}"])) for words in (",one", ",two", ",both")} == {6, 8}
+    assert {len(grids.jobs([f"experiment=both{words}"])) for words in (",one", ",two", ",both")} == {6, 8}
     assert [config.compose(words).choices.experiment for words in named] == ["one", "one", "two", "two"]
 
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_every_experiment_is_a_grid_of_distinct_runs(experiment: str) -> None:
-    jobs = config.jobs([f"experiment={experiment}"])
+    jobs = grids.jobs([f"experiment={experiment}"])
     assert len(jobs) > 1 and len({tuple(job) for job in jobs}) == len(jobs)
     cfg = config.compose(jobs[0])
     for part in (cfg.model, cfg.dataset, cfg.split):
@@ -237,6 +256,7 @@ ALLOWED = {
         "turns",
     },
     "advice": {"config"},
+    "grids": {"advice", "config", "errors"},
     "cli": {"errors", "files"},
     "extras": {"results", "tables"},
     "estimator": {
@@ -285,7 +305,7 @@ ALLOWED = {
         "tracking",
     }
     | {"turns"},
-    "sweep": {"config", "errors", "files", "record", "slurm", "status"},
+    "sweep": {"config", "errors", "grids", "files", "record", "slurm", "status"},
 }
 TORCHLESS = {
     "files",
@@ -300,7 +320,7 @@ TORCHLESS = {
     "switches",
     "__init__",
 } | {
-    *("results", "tables", "report", "status", "slurm", "sweep", "errors", "record", "pictures"),
+    *("results", "tables", "report", "status", "slurm", "sweep", "grids", "advice", "errors", "record", "pictures"),
 }
 # Imports inside functions: what takes seconds or is an extra comes with the first use, so that --help, a dry run and a
 # status report stay quick; and what looks at configurations only where there are any.
@@ -332,7 +352,7 @@ LATE = {
     "pictures": {"PIL"},
     "predict": {"build", "data", "figures", "switches", "trust", "hydra", "omegaconf", "torch"},
     "ranking": {"figures", "pandas", "scipy"},
-    "report": {"config", "figures", "run", "tracking", "hydra", "jinja2"},
+    "report": {"figures", "grids", "run", "tracking", "hydra", "jinja2"},
     "record": {"metrics", "numpy"},
     "results": {"pandas"},
     "slurm": {"submitit"},
@@ -432,7 +452,7 @@ def test_numbers_that_are_not_finite_are_refused_before_training(words: str, tmp
 def test_a_whole_number_may_be_written_as_a_float() -> None:
     words = ["model=conv_ae", "split.max_test=1e3", "model.batch_size=1e2", "model.budget.epochs=1e1", "seed=1e0"]
     words += ["trainer.threads=2.0", "model.optimizer.lr=1.0", "model.input.size=16.5"]
-    for cfg in (config.compose(words), config.without_hydra(config._compose(words))):
+    for cfg in (config.compose(words), config.without_hydra(config.compose_with_hydra(words))):
         found = (cfg.split.max_test, cfg.model.batch_size, cfg.model.budget.epochs, cfg.seed, cfg.trainer.threads)
         assert found == (1000, 100, 10, 1, 2) and {*map(type, found)} == {int}
         assert type(cfg.model.optimizer.lr) is float, "the yaml has a float there"
@@ -451,7 +471,7 @@ def test_the_name_of_a_data_set_is_that_of_its_reader(tmp_path: Path) -> None:
 def test_each_choice_of_files_is_composed_once_and_each_job_is_what_hydra_composes(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    jobs = config.jobs(["model=shared_ae,ganomaly", "normal_class=0,'1',good", "seed=0,1", "model.batch_size=8,16"])
+    jobs = grids.jobs(["model=shared_ae,ganomaly", "normal_class=0,'1',good", "seed=0,1", "model.batch_size=8,16"])
     jobs += [["seed=1", "seed=2"], ["experiment=jia2022_mnist_small", "normal_class=3"], ["+model.new=1", "seed=4"], []]
     jobs += [["split.contamination.rate=0.05", "trainer.precision=tf32", "logger=none", "runs=my runs", "data_dir=a/b"]]
     jobs += [["model.scheduler={a:1,b:{c:2}}", "model.scheduler.b.c=3", "model.input.range=[0,1]"]]
@@ -461,10 +481,10 @@ def test_each_choice_of_files_is_composed_once_and_each_job_is_what_hydra_compos
         ["split=official", "logger=csv", "model=ede", "dataset=mnist"],
     ]
     jobs += [["experiment=jia2022_mnist_small", "dataset=digits", "split=pooled", "normal_class=3"]]
-    expected = [config.without_hydra(config._compose(job)) for job in jobs]
+    expected = [config.without_hydra(config.compose_with_hydra(job)) for job in jobs]
     config._composed.cache_clear()
-    real, calls = config._compose, []
-    monkeypatch.setattr(config, "_compose", lambda overrides: calls.append(overrides) or real(overrides))
+    real, calls = config.compose_with_hydra, []
+    monkeypatch.setattr(config, "compose_with_hydra", lambda overrides: calls.append(overrides) or real(overrides))
     found = [config.compose(job) for job in jobs]
     assert [OmegaConf.to_yaml(cfg) for cfg in found] == [OmegaConf.to_yaml(cfg) for cfg in expected]
     assert all(OmegaConf.is_struct(cfg) for cfg in found)
@@ -526,7 +546,7 @@ def test_a_value_on_the_command_line_wins_over_both_sizes() -> None:
 
 
 def test_sizes_can_be_swept() -> None:
-    jobs = config.jobs(["model=ganomaly,ede", "size=full,small"])
+    jobs = grids.jobs(["model=ganomaly,ede", "size=full,small"])
     names = [config.job(config.compose(words)).identity["model"] for words in jobs]
     assert names == ["ganomaly", "ganomaly_small", "ede", "ede_small"]
 
@@ -535,7 +555,7 @@ def test_a_grid_can_sweep_sizes(users: Path) -> None:
     (users.parent / "experiment").mkdir()
     grid = "hydra: {sweeper: {params: {size: 'full,small', model: ede}}}"
     (users.parent / "experiment/both.yaml").write_text(f"# @package _global_\n{grid}\n")
-    assert [job.identity["model"] for job in config.expected_runs("both")] == ["ede", "ede_small"]
+    assert [job.identity["model"] for job in grids.expected_runs("both")] == ["ede", "ede_small"]
 
 
 def test_a_part_of_a_configuration_knows_the_size_of_the_whole() -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from anomaly_lab import __version__, config
+from anomaly_lab import __version__, config, grids
 
 ROOT = Path(__file__).parent.parent
 FRONT = [ROOT / name for name in ("README.md", "CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")]
@@ -109,7 +109,7 @@ def test_commands_in_the_pages_compose(page: Path) -> None:
 @functools.cache  # the same command stands on several pages
 def _composes(overrides: tuple[str, ...]) -> None:
     named = re.compile(rf"({'|'.join(config.NAMES_OF_RUNS)})=")  # runs of other classes and seeds compose alike
-    for job in {tuple(word for word in job if not named.match(word)) for job in config.jobs(overrides)}:
+    for job in {tuple(word for word in job if not named.match(word)) for job in grids.jobs(overrides)}:
         config.compose(job)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from anomaly_lab import config, report, results
+from anomaly_lab import config, grids, report, results
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(path.parent for path in (ROOT / "experiments").glob("*/results.csv"))
@@ -43,7 +43,7 @@ def test_every_committed_run_is_still_where_and_what_it_was(
     monkeypatch.setenv("ANOMALY_LAB_DATA", str(data_dir))
     frame = results.read_csv(page / "results.csv")
     made = {f"model={name.removesuffix('_small')}" for name in frame["model"]}
-    grid = [words for words in config.jobs([f"experiment={page.name}"]) if not made.isdisjoint(words)]
+    grid = [words for words in grids.jobs([f"experiment={page.name}"]) if not made.isdisjoint(words)]
     jobs = [config.job(config.compose(words)) for words in grid]
     now = {str(job.out.relative_to("runs")): results._digest(job.settings) for job in jobs}
     for run in frame.itertuples():
@@ -98,7 +98,7 @@ ELSEWHERE = {
 )
 def test_grids_of_every_method_have_every_method(experiment: str, own: str) -> None:
     words = [f"experiment={experiment}", "normal_class=0", "seed=0"]
-    trained = {word.removeprefix("model=") for job in config.jobs(words) for word in job if "model=" in word}
+    trained = {word.removeprefix("model=") for job in grids.jobs(words) for word in job if "model=" in word}
     names = {path.stem for path in (config.CONFIG_DIR / "model").glob("*.yaml")}
     methods = {name for name in names if not re.search(r"_(cifar10|coil100|fashion)$", name)} - ELSEWHERE
     assert trained == {f"{name}_{own}" if f"{name}_{own}" in names else name for name in methods}

@@ -17,7 +17,7 @@ import pandas as pd
 import pytest
 from finished import AE, SHARED, Runs, grid, identity
 
-from anomaly_lab import cli, config, report, results, status
+from anomaly_lab import cli, grids, report, results, status
 
 # -------------------------------------------------------------------------------- lines
 
@@ -281,7 +281,7 @@ def experiment(runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caps
     out.mkdir(parents=True)
     (out / "notes.md").write_text("# Latent size\n\nExpected: more is better.\n")
     asked = []
-    monkeypatch.setattr(config, "expected_runs", lambda name: asked.append(name) or grid(*members))
+    monkeypatch.setattr(grids, "expected_runs", lambda name: asked.append(name) or grid(*members))
     assert cli.report([str(runs.root), "--experiment", "sizes", "--out", str(out)]) == 0
     assert asked == ["sizes"]
     assert "1 of the grid are missing" in capsys.readouterr().out
@@ -306,7 +306,7 @@ def test_without_the_data_set_the_runs_recorded_under_the_name_are_reported(
         raise ValueError("mnist could not be fetched")
 
     arguments = [str(runs.root), "--experiment", "sizes", "--out", str(tmp_path / "again")]
-    monkeypatch.setattr(config, "expected_runs", no_data)
+    monkeypatch.setattr(grids, "expected_runs", no_data)
     assert cli.report(arguments) == 0
     shown = capsys.readouterr()
     assert "only runs recorded under the name sizes" in shown.err and "of the grid" not in shown.out
@@ -348,7 +348,7 @@ def test_experiment_is_the_same_bytes_again(
 ) -> None:
     again = tmp_path / "again"
     shutil.copytree(experiment, again)
-    monkeypatch.setattr(config, "expected_runs", lambda name: [])
+    monkeypatch.setattr(grids, "expected_runs", lambda name: [])
     cli.report([str(runs.root), "--experiment", "sizes", "--out", str(again)])
     # The runs made for something else are known from the grid alone.
     assert len(results.read_csv(again / "results.csv")) == 3

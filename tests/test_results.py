@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from finished import AE, SHARED, Runs, grid, identity
 
-from anomaly_lab import cli, config, report, results
+from anomaly_lab import cli, config, grids, report, results
 
 # -------------------------------------------------------------------------------- reading
 
@@ -201,7 +201,7 @@ def test_status_of_an_experiment_lists_what_is_missing(
 ) -> None:
     runs.add(0.9, c=0)
     runs.add(0.9, c=9)  # not of this grid
-    monkeypatch.setattr(config, "expected_runs", lambda name: grid(identity(c=0), identity(c=1)))
+    monkeypatch.setattr(grids, "expected_runs", lambda name: grid(identity(c=0), identity(c=1)))
     assert cli.report([str(runs.root), "--status", "--experiment", "sizes"]) == 0
     out = capsys.readouterr().out
     assert f"missing     {AE}/mnist/official/n1/s0" in out and "n9" not in out
