@@ -43,7 +43,7 @@ def grids(overrides: Sequence[str]) -> list[list[str]]:
 
     An experiment may itself sweep ``experiment``: its runs are those of the experiments that it names.
     """
-    return [grid if own.chooses_points else _in_each_job(grid, own.grid) for grid, own in _grids(overrides)]
+    return [in_each_job(grid, own.grid) for grid, own in _grids(overrides)]
 
 
 def _grids(overrides: Sequence[str]) -> list[tuple[list[str], Sweep]]:
@@ -60,20 +60,28 @@ def _grids(overrides: Sequence[str]) -> list[tuple[list[str], Sweep]]:
     return [(list(overrides), own)]
 
 
-def _in_each_job(overrides: Sequence[str], grid: Collection[str]) -> list[str]:
+def in_each_job(overrides: Sequence[str], grid: Collection[str]) -> list[str]:
     """The overrides, a single value of a key below a swept group moved to the sweeper's own, which it sets in each job.
 
     Hydra sets a single value before any job's group is chosen, too: in the default model, which may lack the key.
     """
     parsed = config.parse(overrides)
+    if any(one.get_key_element() == "hydra.sweeper.params" and one.value() is None for one in parsed):
+        return list(overrides)  # Hydra cannot add to params that the command has removed
     swept = {one.get_key_element() for one in parsed if one.is_sweep_override()} | set(grid)
+    last = {one.get_key_element(): place for place, one in enumerate(parsed)}
     words = []
-    for word, one in zip(overrides, parsed, strict=True):
-        found = None if one.is_sweep_override() or "${" in word else _BELOW_A_GROUP.match(word)
-        if found and found[1] in swept:
-            value = QuotedString(one.get_value_element_as_str(), Quote.single).with_quotes()
-            word = f"+hydra.sweeper.params={{{one.get_key_element()}:{value}}}"
-        words.append(word)
+    for place, (word, one) in enumerate(zip(overrides, parsed, strict=True)):
+        found = _BELOW_A_GROUP.match(word)
+        if not found or found[1] not in swept:
+            words.append(word)
+        elif last[one.get_key_element()] > place:
+            continue  # of a key that is given twice the last one counts
+        elif one.is_sweep_override():
+            words.append(word)
+        else:
+            value = QuotedString(one.get_value_element_as_str().replace("${", "\\${"), Quote.single).with_quotes()
+            words.append(f"+hydra.sweeper.params={{{one.get_key_element()}:{value}}}")
     return words
 
 
@@ -117,12 +125,12 @@ def refuse_unknown_keys(jobs: Sequence[Sequence[str]]) -> None:
     Raises:
         ValueError: no job has the key, and which it may mean; or some have it, and what the others have chosen.
     """
+    chooses = tuple(f"{group}=" for group in (*config.GROUPS, "experiment"))
     kinds: dict[tuple[str, ...], Sequence[str]] = {}  # a job of each choice of files and keys: values do not matter
     for job in jobs:
         if any(map(_BELOW_A_GROUP.match, job)):
-            named = ("experiment=", *(f"{group}=" for group in config.GROUPS))
-            kinds.setdefault(tuple(w if w.startswith(named) else w.partition("=")[0] for w in job), job)
-    wrong: dict[str, list[tuple[Sequence[str], Exception]]] = {}
+            kinds.setdefault(tuple(w if w.startswith(chooses) else w.partition("=")[0] for w in job), job)
+    lacking: dict[str, list[tuple[Sequence[str], Exception]]] = {}
     for job in kinds.values():
         try:
             config.compose(job)
@@ -130,14 +138,15 @@ def refuse_unknown_keys(jobs: Sequence[Sequence[str]]) -> None:
             key = unknown_key(error)
             if key is None:
                 raise
-            wrong.setdefault(key, []).append((job, error))
-    for key, found in wrong.items():
+            lacking.setdefault(key, []).append((job, error))
+    for key, found in lacking.items():
         job, first = found[0]
-        if sum(len(some) for some in wrong.values()) == len(kinds):
+        if len(found) == sum(any(word.startswith(f"{key}=") for word in job) for job in kinds.values()):
             raise ValueError(advice(first, job) or explained(first)) from first
         group = key.partition(".")[0]
-        lacking = sorted({word.partition("=")[2] for one, _ in found for word in one if word.startswith(f"{group}=")})
+        chosen = [config.compose([w for w in job if not _BELOW_A_GROUP.match(w)]).choices[group] for job, _ in found]
+        names = sorted({*chosen})
         raise ValueError(
-            f"{key} cannot be set for every {group} of this sweep ({', '.join(lacking)} "
-            f"{'has' if len(lacking) == 1 else 'have'} none): give those that have it a command of their own"
+            f"{key} cannot be set for every {group} of this sweep ({', '.join(names)} "
+            f"{'has' if len(names) == 1 else 'have'} none): give those that have it a command of their own"
         )

@@ -47,7 +47,7 @@ class Measured(NamedTuple):
     by_kind: dict[str, Any]
     by_term: dict[str, float]  # AUROC of each term of the score
     learned: dict[str, float | None]  # `learned`
-    fitted: dict[str, float | list[int]]  # what fitting found, by name: a number, or the shape of an array
+    fitted: dict[str, float | list[int] | None]  # what fitting found, by name: a finite number, or an array's shape
     rejected_images: list[dict[str, Any]]  # a row a set, with its true precision and recall
     sets: dict[str, np.ndarray]  # those images, as indices into the data set; what rejected_images.npz holds
     scores: dict[str, np.ndarray]  # what scores.npz holds
@@ -184,10 +184,11 @@ def learned(job: Job, detector: Detector, data: OneClassData) -> dict[str, float
     }
 
 
-def _fitted(detector: Detector) -> dict[str, float | list[int]]:
-    """Every number that fitting kept, such as a bandwidth, and the shape of every array, by name."""
+def _fitted(detector: Detector) -> dict[str, float | list[int] | None]:
+    """Every number that fitting kept, such as a bandwidth, and the shape of every array, by name; None: not finite."""
     kept: dict[str, Tensor] = {name: getattr(detector, name) for name in sorted(detector.fitted)}
-    return {name: list(value.shape) if value.ndim else value.item() for name, value in kept.items()}
+    numbers = {name: value.item() if value.isfinite() else None for name, value in kept.items() if not value.ndim}
+    return {name: numbers[name] if name in numbers else list(value.shape) for name, value in kept.items()}
 
 
 def _by_kind(

@@ -52,7 +52,7 @@ def make(hydra_main: Callable[[Sequence[str]], None], overrides: Sequence[str]) 
     grids.refuse_unknown_keys(jobs)
     try:
         with open_journal(asked.runs) as journal:
-            for grid in [overrides] if asked.chooses_points else grids.grids(overrides):
+            for grid in [grids.in_each_job(overrides, asked.grid)] if asked.chooses_points else grids.grids(overrides):
                 survive_killed_workers(functools.partial(hydra_main, grid), journal)
             jobs = jobs or journal.jobs()
     except OSError as error:

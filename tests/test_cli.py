@@ -39,6 +39,7 @@ TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 
             "set for every model of this sweep (mean_image has none)",
         ),
         ("-m model=kde,knn,pca model.detector.bandwidth=1,2", "set for every model of this sweep (knn, pca have none)"),
+        ("-m model=kde,ede model.detector.width=8 model.detector.pca_variance=null", "of this sweep (kde has none)"),
         (
             "-m model=kde,ocsvm model.detector.bandwith=1",
             "model.detector.bandwith cannot be set: write model.detector.",

@@ -145,22 +145,42 @@ def test_jobs_of_a_multirun_are_hydras() -> None:
     assert jobs[-1] == ["model=shared_ae", "normal_class=2", "trainer.progress=False"]
 
 
-@pytest.mark.parametrize(
-    "value",
-    ["null", "true", "3", "1e-3", "a/b.c", "'a b'", r"'a\'b,c'", "[0,0.9]", "[]", "{size:28,fit:resize}", "-inf"],
-)
+VALUES = ["null", "true", "3", "1e-3", "a/b.c", "'a b'", r"'a\'b,c'", "[0,0.9]", "[]", "{size:28,fit:resize}", "-inf"]
+REFERENCES = ["${seed}", "[${seed},1]", "${oc.env:HOME}/x", "'${oc.env:HOME}/x y'"]
+
+
+@pytest.mark.parametrize("value", [*VALUES, *REFERENCES])
 def test_what_a_sweep_sets_in_each_job_is_what_was_given(value: str) -> None:
     """However it is quoted on its way through Hydra's sweeper."""
     [words] = grids.grids(["model=ede,knn", f"model.key={value}"])
     moved = words[1].removeprefix("+hydra.sweeper.params=")
     [said] = config.parse([f"x={moved}"])
-    [(key, text)] = said.value().items()
+    [(key, text)] = OmegaConf.create(said.value()).items()
     [[job]] = BasicSweeper.split_arguments(config.parse([f"{key}={text}"]), None)
     assert config.parse(job)[0].value() == config.parse([f"model.key={value}"])[0].value()
     assert job == [word for word in grids.jobs(["model=ede,knn", f"model.key={value}"])[0] if "key" in word]
     assert grids.grids(["model=ede", f"model.key={value}", "seed=0,1"])[0][1] == f"model.key={value}", (
         "nothing is swept"
     )
+
+
+@pytest.mark.parametrize("values", [["3,5", "4"], ["4", "3,5"]])
+def test_of_a_key_that_a_sweep_sets_twice_the_last_values_count(values: list[str]) -> None:
+    words = ["model=ede,knn", *(f"model.batch_size={value}" for value in values)]
+    assert len(grids.grids(words)[0]) == 2 and len(grids.jobs(words)) == 2 * len(values[-1].split(","))
+    assert {job[-1] for job in grids.jobs(words)} == {f"model.batch_size={value}" for value in values[-1].split(",")}
+
+
+def test_a_key_that_some_experiments_models_lack_is_refused_by_their_names(users: Path) -> None:
+    (users.parent / "experiment").mkdir()
+    for name in ("knn", "kde"):
+        text = f"# @package _global_\ndefaults: [override /model: {name}]\n"
+        text += "hydra: {sweeper: {params: {seed: '0,1'}}}\n"
+        (users.parent / "experiment" / f"of_{name}.yaml").write_text(text)
+    jobs = grids.jobs(["experiment=of_knn,of_kde", "model.detector.pca_variance=0.9"])
+    with pytest.raises(ValueError, match=r"pca_variance cannot be set for every model of this sweep \(knn has none\)"):
+        grids.refuse_unknown_keys(jobs)
+    grids.refuse_unknown_keys([job for job in jobs if "experiment=of_kde" in job])
 
 
 def test_the_command_line_replaces_a_part_of_an_experiments_grid() -> None:

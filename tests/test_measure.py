@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from anomaly_lab.build import make_data
 from anomaly_lab.course import Diverged
 from anomaly_lab.data import OneClassData
 from anomaly_lab.detector import Detector
-from anomaly_lab.measure import HARDLY_BEGUN, _refuse_collapse, batch_norm_leak
+from anomaly_lab.measure import HARDLY_BEGUN, _fitted, _refuse_collapse, batch_norm_leak
 from anomaly_lab.methods.classical import BANDWIDTHS
 from anomaly_lab.run import run
 
@@ -121,6 +122,19 @@ def test_what_a_rule_chose_is_in_the_result_and_in_the_table(tmp_path: Path) -> 
         tmp_path / "network", "model=autoencoder", "model.detector.width=4", "model.budget.epochs=1"
     )
     assert network["fitted"] == {}
+
+
+def test_a_fitted_number_that_is_none_costs_no_result() -> None:
+    found = _fitted(WithoutTail((1, 8, 8)))
+    assert found == {"bank": [3, 4], "tail": None, "width": 2.0}
+    assert json.loads(results._fitted({"fitted": found})) == found
+
+
+class WithoutTail(Detector):
+    def __init__(self, image_shape: Sequence[int]) -> None:
+        super().__init__(image_shape)
+        for name, value in (("tail", math.nan), ("width", 2.0), ("bank", [[0.0] * 4] * 3)):
+            self.set_fitted(name, torch.tensor(value))
 
 
 @pytest.mark.slow
