@@ -1,7 +1,9 @@
-"""The study of criteria without labels: it finds what was planted, and its page is made from the committed tables."""
+"""The study of criteria without labels: it finds what was planted, and its page is made from the committed tables;
+so is the page on rounding."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from types import ModuleType
 
@@ -71,3 +73,13 @@ def test_the_page_is_of_every_committed_run_once(study: ModuleType) -> None:
     headings = [line for line in page.splitlines() if line.startswith(("#", "| held-out", "!["))]
     for line in headings:
         assert line.split("|")[1 if line.startswith("|") else 0] in written
+
+
+def test_the_page_on_rounding_is_made_of_its_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = load("rounding")
+    page = tmp_path / "rounding.md"
+    page.write_text(re.sub(r"(?s)<!-- table -->.*<!-- end -->", "<!-- table -->\n<!-- end -->", made.PAGE.read_text()))
+    committed = made.PAGE.read_text()
+    monkeypatch.setattr(made, "PAGE", page)
+    made.main()
+    assert page.read_text() == committed and committed.count("| `") == 6
