@@ -154,7 +154,7 @@ class Detector(Contract, LightningModule):
         self.save_hyperparameters({k: v for k, v in self._given.items() if _plain(v)}, logger=False)
         self.image_shape = tuple(image_shape)
         self.course, self.stages, self.randomness = Course(), Stages(self.STAGES), Randomness()
-        self.scored, self.fitted = Passes(), set[str]()  # names of what `set_fitted` keeps
+        self.scored, self.fitted_names = Passes(), set[str]()  # of what `set_fitted` keeps
         self.step = 0  # training steps done, a plain number: reading it does not synchronise with the device
         self.replay: Callable[[Detector, Tensor, Iterator[Tensor]], None] | None = None
         """Does what `play` does without computing it anew (`anomaly_lab.cuda_graphs`); None plays every step."""
@@ -201,7 +201,7 @@ class Detector(Contract, LightningModule):
 
     def set_fitted(self, name: str, value: Tensor) -> None:
         """Keep ``value`` as the buffer ``name``, of a size unknown before fitting; checkpoints restore it."""
-        self.fitted.add(name)
+        self.fitted_names.add(name)
         self.register_buffer(name, value)
 
     def plan(self, stages: Mapping[str, int]) -> None:
@@ -320,7 +320,7 @@ class Detector(Contract, LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         # Plain values and tensors only: checkpoints load under weights_only=True.
-        fit = {"fit_begun": self._begun, "fit_finished": self._finished, "fitted": sorted(self.fitted)}
+        fit = {"fit_begun": self._begun, "fit_finished": self._finished, "fitted": sorted(self.fitted_names)}
         checkpoint["anomaly_lab"] = {**self.course.state(), **fit, "noise": self.randomness.state()}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

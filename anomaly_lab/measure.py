@@ -186,7 +186,7 @@ def learned(job: Job, detector: Detector, data: OneClassData) -> dict[str, float
 
 def _fitted(detector: Detector) -> dict[str, float | list[int] | None]:
     """Every number that fitting kept, such as a bandwidth, and the shape of every array, by name; None: not finite."""
-    kept: dict[str, Tensor] = {name: getattr(detector, name) for name in sorted(detector.fitted)}
+    kept: dict[str, Tensor] = {name: getattr(detector, name) for name in sorted(detector.fitted_names)}
     numbers = {name: value.item() if value.isfinite() else None for name, value in kept.items() if not value.ndim}
     return {name: numbers[name] if name in numbers else list(value.shape) for name, value in kept.items()}
 

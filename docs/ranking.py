@@ -21,7 +21,9 @@ HEAD = """\
 A problem is one class of one protocol; seeds are averaged within it, and a supervised ceiling is left out. Each table
 ranks the methods that have all its problems (1: the best). Friedman's test asks whether any method differs, Nemenyi's
 whether two do; the last column names those that are worse after Holm's correction over all pairs (normal approximation
-of the difference of mean ranks, Demšar 2006). Your own runs: `anomaly-lab-report runs --ranking`.
+of the difference of mean ranks, Demšar 2006). A test of ranks depends on which other methods are in the table and may
+disagree with the Wilcoxon tests of a page; where it does, no difference is shown. A trained method stands for its small
+size, and for its full one where `_small` stands beside it. Your own runs: `anomaly-lab-report runs --ranking`.
 """
 
 EVERYTHING = """
