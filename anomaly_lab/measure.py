@@ -363,16 +363,19 @@ def draw(
 
 
 def used(device: torch.device) -> tuple[str, float]:
-    """The device's name and the peak of memory on it, in MB (on the CPU: of the process)."""
+    """The device's name, a CPU's with the threads it computed with, and the peak of memory on it, in MB (on the CPU: of
+    the process)."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device), torch.cuda.max_memory_allocated(device) / 2**20
-    return processor(), peak_memory()
+    threads = torch.get_num_threads()
+    return f"{processor()}, {threads} thread{'s' * (threads != 1)}", peak_memory()
 
 
 def processor() -> str:
     """The CPU as its maker calls it, and the widest vectors that torch uses on it: "AMD EPYC, AVX2".
 
-    Kernels are chosen by both and add in different orders, so a run gives the same digits only where both are equal.
+    Kernels are chosen by both and add in different orders, wide ones also by the number of threads (`used`), so a run
+    gives the same digits only where all are equal: docs/rounding.md.
     """
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
