@@ -502,7 +502,8 @@ def union(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
             raise ValueError(f"{label} has two results in {' and '.join(same['source'])}: make the older one again")
     runs = runs[runs["device"] == runs.groupby(key)["device"].transform("first")]
     runs["sources"] = runs.groupby(key)["source"].transform(lambda names: [tuple(names)] * len(names))
-    fullest = runs.assign(known=runs.notna().sum(axis=1)).sort_values("known", ascending=False, kind="stable")
+    known = (runs.notna() & (runs != "")).sum(axis=1)  # a text that a frame lacks is empty in one and None in another
+    fullest = runs.assign(known=known).sort_values("known", ascending=False, kind="stable")
     runs = fullest.drop_duplicates(key).drop(columns=["known", "source"]).sort_index()
     refuse_mixtures(runs)
     return runs

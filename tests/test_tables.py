@@ -257,3 +257,14 @@ def test_overview_takes_a_run_at_full_precision_for_its_six_digits(runs: Runs, t
     results.write_csv(results.read(runs.root), tmp_path / "results.csv")
     [entry] = tables.overview({"one": results.read_csv(tmp_path / "results.csv"), "two": results.read(runs.root)})
     assert entry.sources == ("one", "two") and entry.mean.present == 1
+
+
+def test_a_text_that_an_archive_lacks_does_not_cost_its_precision(runs: Runs, tmp_path: Path) -> None:
+    """An archive of earlier code has not every column of a results.csv, in which the missing text is empty."""
+    runs.add(0.123456789)
+    archive = results.read(runs.root)
+    results.write_csv(archive, tmp_path / "results.csv")
+    [entry] = tables.overview(
+        {"page": results.read_csv(tmp_path / "results.csv")}, {}, {"old": archive.assign(fitted=None)}
+    )
+    assert entry.mean.mean == 0.123456789 and entry.archived == 1
