@@ -12,6 +12,8 @@ import pandas as pd
 import pytest
 from programs import load
 
+from anomaly_lab import results
+
 STUDY = Path(__file__).parent.parent / "docs/study.py"
 
 
@@ -83,3 +85,8 @@ def test_the_page_on_rounding_is_made_of_its_rows(tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(made, "PAGE", page)
     made.main()
     assert page.read_text() == committed and committed.count("| `") == 6
+    rows, theirs = results.read_csv(made.ROWS), results.read_csv(made.COMMITTED)
+    now = rows.assign(device=rows["device"] + ", 1 thread")  # as a repetition of the page's command names it
+    assert made.table(now, theirs) == made.table(rows, theirs)
+    with pytest.raises(AssertionError):
+        made.table(rows.assign(device="AMD EPYC, AVX2, 1 thread"), theirs)
