@@ -27,8 +27,8 @@ def one_by_one(made: ADGAN, image: Tensor) -> list[Tensor]:
     ends = []
     for start in made.start:
         generator, z = copy.deepcopy(made.generator), start[None].clone().requires_grad_()
-        codes = torch.optim.Adam([z], lr=made.code_rate)
-        weights = torch.optim.Adam(generator.parameters(), lr=made.weight_rate)
+        codes = torch.optim.Adam([z], lr=made.code_rate, betas=(0.5, 0.999))
+        weights = torch.optim.Adam(generator.parameters(), lr=made.weight_rate, betas=(0.5, 0.999))
         for _ in range(made.search_steps):
             for adam in (codes, weights):
                 adam.zero_grad()

@@ -61,11 +61,20 @@ def test_hrn_loss_and_score_are_the_papers_equations() -> None:
 
 
 def test_hrn_of_colour_joins_a_branch_for_each_channel() -> None:
-    made = detector("hrn_cifar10", "size=full", "model.detector.width=300", shape=(3, 32, 32))
+    made = detector("hrn_cifar10", "model.detector.width=300", shape=(3, 32, 32))
     assert sorted(tuple(p.shape) for p in made.parameters()) == sorted(
         [*[(300, 1024)] * 3, (300, 900), (1, 300)]
     )  # the authors' code
     assert max(p.abs().max().item() for p in made.parameters()) <= 0.001
+    x = torch.rand(4, 3, 32, 32)
+    flat = x.flatten(1)
+    flat = flat / flat.norm(dim=1, keepdim=True)
+    seen = (flat - flat.mean(1, keepdim=True) + 0.006).view(4, 3, 1024)  # the authors' loader for CIFAR-10
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.mul_(100)
+    torch.testing.assert_close(made.score(x), -made.classifier(seen))
+    assert not torch.allclose(made.classifier(seen), made.classifier(seen - 0.006), rtol=1e-3)
 
 
 # Convolutional autoencoders -----------------------------------------------------------------------------------------

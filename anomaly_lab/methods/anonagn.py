@@ -26,13 +26,16 @@ class NonAdversarialDecoderEncoder(Detector):
         1. decoder G and codes move on   |x - G(z)|_1
         2. encoder E moves on            |z - E(G(z))|_2^2 + |x - G(E(x))|_1,    G and z as step 1 left them
 
-    and the score is the sum of its two terms, means over elements:
+    and the score is the sum of its two terms:
 
         image   |x - G(E(x))|_1          latent   |E(x) - E(G(E(x)))|_2^2
 
+    Norms are means over elements, and what E finds is projected to the unit ball, too: G begins with batch norm, so
+    that without a bound the length of E(x) is free, and the latent term measures it.
+
     *Guessed:* step 1 and the projection of codes to the unit ball after each of their moves, from the nearest public
-    family (GLO: Bojanowski et al., ICML 2018); L1 for images and squared L2 for codes; all weights 1; DCGAN's networks;
-    the rates.
+    family (GLO: Bojanowski et al., ICML 2018), and that of E's; L1 for images and squared L2 for codes; all weights 1;
+    DCGAN's networks; the rates.
 
     Args:
         width: channels after the first convolution. latent_size: d.
@@ -62,6 +65,10 @@ class NonAdversarialDecoderEncoder(Detector):
         place[index] = torch.arange(len(index), device=images.device)
         self.set_fitted("place", place)
 
+    def encode(self, x: Tensor) -> Tensor:
+        """Codes where the decoder's are, in the unit ball: (B,C,S,S) -> (B,d)."""
+        return in_unit_ball(self.encoder(x))
+
     def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
         x, place = batch.x, self.place[batch.index]
         z = self.codes[place].to(x.dtype).requires_grad_()  # (B,d)
@@ -72,25 +79,25 @@ class NonAdversarialDecoderEncoder(Detector):
         self.codes[place] = z.to(self.codes.dtype)
         with torch.no_grad():
             made = self.decoder(z)
-        latent = F.mse_loss(self.encoder(made), z)
-        image = F.l1_loss(self.decoder(self.encoder(x)), x)
+        latent = F.mse_loss(self.encode(made), z)
+        image = F.l1_loss(self.decoder(self.encode(x)), x)
         yield {"encoder": latent + image}
         self.record("loss_latent", latent)
         self.record("loss_image", image)
 
     def terms(self, x: Tensor) -> Mapping[str, Tensor]:
-        z = self.encoder(x)
+        z = self.encode(x)
         rebuilt = self.decoder(z)
         return {
             "image": (x - rebuilt).abs().flatten(1).mean(1),
-            "latent": (z - self.encoder(rebuilt)).square().mean(1),
+            "latent": (z - self.encode(rebuilt)).square().mean(1),
         }
 
     def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
         return terms["image"] + terms["latent"]
 
     def reconstruct(self, x: Tensor) -> Tensor:
-        return self.decoder(self.encoder(x))
+        return self.decoder(self.encode(x))
 
 
 def in_unit_ball(z: Tensor) -> Tensor:

@@ -30,7 +30,9 @@ class DeepSAD(DeepSVDD):
 
     with weight decay in the optimiser. The anomaly score is |phi(x) - c|^2. At ``split.known.rate=0`` it is Deep SVDD.
 
-    *Where we differ from the authors' code:* learning rates fall after the epoch they say, see `DeepSVDD`. Its images
+    *Where we differ from the authors' code:* it pretrains on the mean of the squared error over pixels, ours on
+    `DeepSVDD`'s sum, beside which the weight decay is some 800 times weaker; its command gives pretraining one learning
+    rate, ours falls; learning rates fall after the epoch they say, see `DeepSVDD`. Its images
     are scaled to [0, 1] without contrast normalisation; ours are `DeepSVDD`'s, so that the known anomalies are all that
     differs from it. It can be told of normals as well (``ratio_known_normal``), which weigh eta; ours are unlabelled.
 

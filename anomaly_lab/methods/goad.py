@@ -19,9 +19,9 @@ from anomaly_lab.methods.rotation_prediction import WideResNet
 class GOAD(Detector):
     """Features f of which each transformation has a centre; the score asks how probable the right centres are.
 
-    Bergman & Hoshen, "Classification-based anomaly detection for general data", ICLR 2020, for images, with the loss of
-    the authors' code (lironber/GOAD@3655b86). Every image of a batch is seen in all K transformations of `GeoTrans`.
-    With c_k the mean of f(T_k(x)) over the batch, and g a linear layer on f,
+    Bergman & Hoshen, "Classification-based anomaly detection for general data", ICLR 2020, for images, with the
+    constants of the authors' code (lironber/GOAD@3655b86). Every image of a batch is seen in all K transformations of
+    `GeoTrans`. With c_k the mean of f(T_k(x)) over the batch, and g a linear layer on f,
 
         L = CE(g(f(T_k(x))), k) + lambda max(0, |f(T_k(x)) - c_k|^2 + m - min_{k' != k} |f(T_k(x)) - c_k'|^2)
 
@@ -32,7 +32,9 @@ class GOAD(Detector):
     The anomaly score is -sum_k log P(k | T_k(x)).
 
     *Where we differ from the authors' code:* the centres of the score are taken in eval mode (theirs while the last
-    epoch trains); their switch that adds 10 |f|^2 is left out. Its ``--lr`` is parsed and never used.
+    epoch trains); the paper's loss has no third term, and theirs adds 10 times the mean of f^2 in every run (``--reg``
+    is true by default, and every value a command line can give it is), which keeps f some hundred times smaller; the
+    second of the two batch norms in each of their blocks is never used. Their ``--lr`` is parsed and never used.
 
     Args:
         depth, width: of the `WideResNet`, whose last layer is g.

@@ -49,9 +49,10 @@ class GPND(Detector):
     *Where we differ from the authors' code:* p_r is a kernel density (a Gaussian's, Scott's rule) where theirs is a
     histogram of 30 bins with a floor of -1000 outside, and log p_k is computed as such, where theirs is the logarithm
     of a density that underflows: both tie images, the most anomalous ones among them. No p_k has a shape above 10: a
-    fit to few codes runs away to a box, outside of which no code has a finite log density. D_x, G and E have
-    one width. Their threshold is chosen on anomalies, ours by the run from held-out normals.
-    Images are in [-1, 1] and brought to [0, 1] for BCE(x^, x) alone: the other terms change by a constant.
+    fit to few codes runs away to a box, outside of which no code has a finite log density. D_x, G and E have one width.
+    Their log |det S| has the other sign: they differentiate E, whose Jacobian is about the inverse of G's; ours is the
+    paper's formula. Their threshold is chosen on anomalies, ours by the run from held-out normals. Images are in [-1,
+    1] and brought to [0, 1] for BCE(x^, x) alone: the other terms change by a constant.
 
     Args:
         width: channels after the first convolution of E and D_x, before the last of G.

@@ -63,7 +63,8 @@ class LSA(Detector):
     The score is the sum of both terms after each has been scaled by its minimum and maximum among the training images.
 
     *Where we differ from the authors' code:* its scales come from a tenth of the training normals drawn anew at the
-    test, which had trained as well; ours from all that trained. No residual blocks for colour images.
+    test, which had trained as well; ours from all that trained. Their blocks are residual, for grey and for colour: two
+    convolutions beside a 1×1, each with batch norm; ours are one convolution each.
 
     Args:
         widths: channels of the encoder's stride-2 convolutions, the decoder's in reverse. hidden: units between the

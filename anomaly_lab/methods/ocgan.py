@@ -34,8 +34,10 @@ class OCGAN(Detector):
     *Where we differ from the authors' code:* D_l has one logit (theirs ends in 16 sigmoids that go through a second
     one); u is mined from all of (-1, 1)^d, where theirs, a tanh of U(-1, 1), never leaves (-.76, .76)^d although D_v
     was taught on all of it; E ends in the paper's tanh (a flag that is off there); images have 32 pixels, not 61 in
-    three channels, and DCGAN's 4×4 kernels; no dropout; the last epoch counts (theirs is the one with the smallest
-    error on held-out normals). Their indentation runs the end of an epoch after every batch; ours does not.
+    three channels, and DCGAN's 4×4 kernels; D_l's hidden units are leaky (theirs are cut off at 0); u is mined with the
+    C that has just moved (in the code that is stored publicly, before C moves); no dropout; the last epoch counts
+    (theirs is the one with the smallest error on held-out normals). Their indentation runs the end of an epoch after
+    every batch; ours does not.
 
     Args:
         width: channels of E and C after their first convolution, of G before its last.

@@ -25,9 +25,10 @@ class PerceptualAutoencoder(PerceptualDetector):
         L_rec(x) = mean|f(x) - f(G(E(x)))| / mean|f(x)|
 
     *Where we differ from the authors' code* (github.com/ninatu/anomaly_detection, 6fa35f3): in the features'
-    normalisation, see `PerceptualDetector`. Their hyper-parameters and their epoch are validated on one class of true
-    anomalies; here training ends at the last step, and no anomaly is seen. Their progressive growing, from 8 to 64
-    pixels on medical images, is not here: at 32 pixels their configurations have none.
+    normalisation, see `PerceptualDetector`; and in the networks, PIAD's: for CIFAR-10 theirs have a second residual
+    block at each resolution, about twice the parameters. Their hyper-parameters and their epoch are validated on one
+    class of true anomalies; here training ends at the last step, and no anomaly is seen. Their progressive growing,
+    from 8 to 64 pixels on medical images, is not here: at 32 pixels their configurations have none.
 
     Args:
         encoder_widths, generator_widths: channels from one resolution to the next, see PIAD's networks; smaller images

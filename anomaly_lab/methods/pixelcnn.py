@@ -65,7 +65,8 @@ class GatedPixelCNN(Detector):
 
         A(x) = -log2 p(x) - complexity_weight * bits of the quantised x as PNG
 
-    Both are terms of the score. There is no public one-class code of it; sizes are ours.
+    Both are terms of the score; weight 0 is the likelihood alone, which published tables of it mean. There is no public
+    one-class code of it; sizes are ours.
 
     *Where we differ from the paper:* the channels of one pixel are independent given the pixels before it.
 

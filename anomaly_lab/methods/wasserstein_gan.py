@@ -146,14 +146,14 @@ class ADGAN(WassersteinGAN):
     With l(z, theta) = |x - G_theta(z)|² / n, from each of T codes of the prior and from the trained theta,
     ``search_steps`` times
 
-        z <- Adam(z, grad_z l)        theta <- Adam(theta, grad_theta l)
+        z <- Adam(z, grad_z l)        theta <- Adam(theta, grad_theta l)        (beta_1 = 0.5)
 
     and the anomaly score is the mean over the starts of l at the end. All images of a batch are searched at once, each
     with a copy of theta of its own.
 
     *Where we differ from that code:* batch norm is in eval mode in both moves (there, the one of theta normalises a
-    batch of one image by itself); l is read after the last move (there, before it); all test images are scored (there,
-    5000 drawn without a seed); the starts are drawn once, with the weights, so that a score depends on its image alone.
+    batch of one image by itself); all test images are scored (there, 5000 drawn without a seed); the starts are drawn
+    once, with the weights, so that a score depends on its image alone.
 
     Args: as in `WassersteinGAN`, and
         starts: T. search_steps: moves of z, and of theta.
@@ -217,8 +217,8 @@ class ADGAN(WassersteinGAN):
             return (x - rendered()).square().flatten(1).mean(1)
 
         weights = list(theta.values())
-        movers = [([z], torch.optim.Adam([z], lr=self.code_rate))]
-        movers += [(weights, torch.optim.Adam(weights, lr=self.weight_rate))]
+        movers = [([z], torch.optim.Adam([z], lr=self.code_rate, betas=(0.5, 0.999)))]
+        movers += [(weights, torch.optim.Adam(weights, lr=self.weight_rate, betas=(0.5, 0.999)))]
         with torch.enable_grad():
             for _ in range(self.search_steps):
                 for moving, adam in movers:
