@@ -60,7 +60,7 @@ so an experiment's grid may change them and include such a method once."""
 LATER = {
     **{"model.input.features": None, "model.input.augment": None, "model.members": None},
     **{"split.known.rate": 0, "split.known.classes": None, "split.val_share": 0.1, "dataset.skip_broken": False},
-    **{"model.detector.svm_sees": "in_use", "model.detector.contrast": False},
+    **{"model.detector.svm_sees": "in_use", "model.detector.contrast": False, "model.detector.offset": 0.0},
 }
 """Keys that came after the first committed results, with the value at which a run is what it was without them."""
 
