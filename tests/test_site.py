@@ -141,7 +141,9 @@ VIEWS: dict[str, Callable[[tables.Entry], bool]] = {
         (e.dataset, e.split) == ("mnist", "official") and e.method in tables.FLOORS
     ),
     "standing=verified+from+scores": lambda e: e.standing == "verified from scores",
-    "method=SHARED_ae&size=small&whole=1": lambda e: "shared_ae" in e.label and len(e.classes) == e.whole,
+    "method=SHARED_ae&size=small&whole=1": lambda e: (
+        "shared_ae" in e.label and e.size == "small" and len(e.classes) == e.whole
+    ),
     "settings=default&sort=-auroc": lambda e: not e.changed,
 }
 
