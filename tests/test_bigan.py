@@ -8,7 +8,7 @@ import pytest
 import torch
 from games import moved
 from test_methods import batch, detector, images
-from torch import Tensor
+from torch import Generator, Tensor
 from torch.nn.functional import softplus
 
 from anomaly_lab.detector import Batch
@@ -32,34 +32,30 @@ def game(real: Tensor, fake: Tensor) -> Tensor:
 
 
 def test_who_moves_in_which_play() -> None:
-    alone = [({name}, {name}) for name in ("joint", "generator", "encoder")]
-    assert moved(bidirectional("bigan")) == alone
-    first, second = {"joint", "images", "codes"}, {"generator", "encoder"}
-    assert moved(bidirectional("alad")) == [(first, first), (second, second)]
+    second = {"generator", "encoder"}
+    for model, first in (("bigan", {"joint"}), ("alad", {"joint", "images", "codes"})):
+        assert moved(bidirectional(model)) == [(first, first), (second, second)]
 
 
-def test_the_losses_of_bigan_are_the_papers() -> None:
-    made, x = bidirectional("bigan").double(), images().double()
+def test_the_losses_of_bigan_are_the_papers_and_g_and_e_meet_another_batch() -> None:
+    made, x, z = bidirectional("bigan").double(), images().double(), Generator().manual_seed(3)
     made.randomness.restart(3, made.device)
     players = make_players(made.players(), functools.partial(torch.optim.SGD, lr=0.1))
-    z = torch.randn(8, 6, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    draw = functools.partial(torch.randn, 8, 6, generator=z, dtype=torch.float64)
     e, g, d = made.encoder, made.generator, made.joint
     plays = made.plays(batch()._replace(x=x))
-    for expected in (
-        lambda: game(d(x, e(x))[0], d(g(z), z)[0]),
-        lambda: softplus(-d(g(z), z)[0]).mean(),
-        lambda: softplus(d(x, e(x))[0]).mean(),
-    ):
-        losses = next(plays)
-        [loss] = losses.values()
-        torch.testing.assert_close(loss, expected())
-        minimise(losses, players)
+    code, losses = draw(), next(plays)
+    torch.testing.assert_close(losses["joint"], game(d(x, e(x))[0], d(g(code), code)[0]))
+    minimise(losses, players)
+    x, code, losses = made.next_batch().x, draw(), next(plays)
+    torch.testing.assert_close(losses["generator"], softplus(-d(g(code), code)[0]).mean())
+    torch.testing.assert_close(losses["encoder"], softplus(d(x, e(x))[0]).mean())
 
 
 def test_the_losses_of_alad_are_the_papers_and_g_and_e_meet_another_batch() -> None:
     made = bidirectional("alad").eval()  # spectral norm iterates in train mode, so that no two passes are alike
     made.randomness.restart(3, made.device)
-    generator = torch.Generator().manual_seed(3)
+    generator = Generator().manual_seed(3)
     e, g, d_xz, d_xx, d_zz = made.encoder, made.generator, made.joint, made.images, made.codes  # type: ignore[attr-defined]
     plays = made.plays(batch())
     x, z = images(), torch.randn(8, 6, generator=generator)
@@ -122,16 +118,37 @@ def test_a_moving_average_is_in_the_checkpoint_and_no_players() -> None:
         MovingAverage(DCGANEncoder(1, 16, 4, 3, tanh=False), 1)
 
 
-def test_spectral_norm_bounds_the_discriminators_and_the_encoder_of_alad() -> None:
+def test_spectral_norm_bounds_the_discriminators_and_the_encoder_of_alad_but_for_their_last_layers() -> None:
     made = bidirectional("alad")
     assert isinstance(made, ALAD)
     for _ in range(20):  # power iterations
         list(made.plays(batch()))
     for network in (made.encoder, made.joint, made.images, made.codes):
-        layers = [layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)]
-        for layer in layers:
+        *bounded, last = [layer for layer in network.modules() if isinstance(layer, torch.nn.Conv2d | torch.nn.Linear)]
+        for layer in bounded:
             assert torch.linalg.matrix_norm(layer.weight.flatten(1), 2).item() == pytest.approx(1, rel=0.1)
+        assert not hasattr(last, "parametrizations")
     assert all(not hasattr(layer, "parametrizations") for layer in made.generator)
+
+
+def test_the_networks_are_the_authors() -> None:
+    """Hidden layers in their order: houssamzenati's mnist_utilities.py and cifar10_utilities.py."""
+
+    def shapes(network: torch.nn.Module) -> list[tuple[int, ...]]:
+        layers = torch.nn.Conv2d | torch.nn.ConvTranspose2d | torch.nn.Linear
+        return [tuple(layer.weight.shape[:2]) for layer in network.modules() if isinstance(layer, layers)]
+
+    made = detector("bigan", "size=full", "model.detector.width=32", "model.detector.units=512")
+    assert shapes(made.encoder) == [(32, 1), (64, 32), (128, 64), (200, 8 * 8 * 128)]
+    assert shapes(made.generator) == [(1024, 200), (8 * 8 * 128, 1024), (128, 64), (64, 1)]
+    assert shapes(made.joint) == [(64, 1), (64, 64), (512, 200), (1024, 8 * 8 * 64 + 512), (1, 1024)]
+    dropped = [layer.p for layer in made.joint.modules() if isinstance(layer, torch.nn.Dropout)]
+    assert dropped == [0.5] * 4
+    made = detector("alad", "size=full", "model.detector.width=128", "model.detector.units=512", shape=(3, 32, 32))
+    norms = [layer.num_features for layer in made.encoder if isinstance(layer, torch.nn.BatchNorm2d)]
+    assert norms == [128, 256, 512]
+    assert shapes(made.joint.code) == [(512, 100), (512, 512)]
+    assert shapes(made.joint.pair) == [(1024, 4 * 4 * 512 + 512)]
 
 
 @pytest.mark.parametrize(

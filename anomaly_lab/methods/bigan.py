@@ -1,6 +1,6 @@
 """Bidirectional GANs, which learn an encoder beside the generator: EGBAD's BiGAN and ALAD (Zenati et al. 2018).
 
-Legend of the shape comments: B images, C channels, S = image size, d = latent size, K = units of a hidden layer.
+Legend of the shape comments: B images, C channels, S = image size, d = latent size.
 """
 
 from __future__ import annotations
@@ -22,43 +22,59 @@ class JointDiscriminator(nn.Module):
     """D_xz: does a pair of an image and a code come from the encoder, or from the generator?
 
     Args:
-        width: channels after the first convolution of the image. units: K of the code; the pair has twice as many.
-        dropout: behind both dense layers.
+        image, code: branches from an image and from a code to ``features`` numbers together.
+        units: of the dense layer behind them. slope: of its leaky ReLU. dropout: behind it.
     """
 
-    def __init__(self, channels: int, size: int, width: int, latent_size: int, units: int, dropout: float) -> None:
+    def __init__(
+        self, image: nn.Module, code: nn.Module, features: int, *, units: int, slope: float, dropout: float
+    ) -> None:
         super().__init__()
-        self.image = nn.Sequential(DCGANDiscriminator(channels, size, width).features, nn.Flatten())
-        self.code = nn.Sequential(nn.Linear(latent_size, units), nn.LeakyReLU(0.2), nn.Dropout(dropout))
-        wide = width * (size // 8) * 16  # of 4×4 positions
-        self.pair = nn.Sequential(nn.Linear(wide + units, 2 * units), nn.LeakyReLU(0.2), nn.Dropout(dropout))
-        self.logit = nn.Linear(2 * units, 1)
+        self.image, self.code = image, code
+        self.pair = nn.Sequential(*dense(features, units, slope, dropout))
+        self.logit = nn.Linear(units, 1)
 
     def forward(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """(B,C,S,S), (B,d) -> logits (B,), features (B,2K)"""
+        """(B,C,S,S), (B,d) -> logits (B,), features (B,units)"""
         features = self.pair(torch.cat([self.image(x), self.code(z)], 1))
         return self.logit(features).squeeze(1), features
+
+
+def dense(inputs: int, outputs: int, slope: float, dropout: float) -> list[nn.Module]:
+    """A hidden layer of a discriminator."""
+    return [nn.Linear(inputs, outputs), nn.LeakyReLU(slope), nn.Dropout(dropout)]
+
+
+def start(network: nn.Module, deviation: float) -> None:
+    """Weights from N(0, deviation), biases 0."""
+    for layer in network.modules():
+        if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
+            nn.init.normal_(layer.weight, 0.0, deviation)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
 
 
 class Bidirectional(Detector):
     """Encoder E, generator G, discriminator D_xz of pairs, and the averages of their weights that score.
 
     Args:
-        width: channels of E and D_xz after their first convolution, of G before its last.
-        units: of D_xz's dense layers, see `JointDiscriminator`. dropout: in the discriminators.
         latent_size: d.
         average: decay of the moving averages of all networks' weights.
     """
 
     def __init__(
-        self, image_shape: Sequence[int], *, width: int, units: int, dropout: float, latent_size: int, average: float
+        self,
+        image_shape: Sequence[int],
+        encoder: nn.Module,
+        generator: nn.Module,
+        joint: JointDiscriminator,
+        *,
+        latent_size: int,
+        average: float,
     ) -> None:
         super().__init__(image_shape)
-        channels, size, _ = image_shape
         self.latent_size, self.average = latent_size, average
-        self.encoder = DCGANEncoder(channels, size, width, latent_size, tanh=False)
-        self.generator = DCGANDecoder(channels, size, width, latent_size, nn.ReLU())
-        self.joint = JointDiscriminator(channels, size, width, latent_size, units, dropout)
+        self.encoder, self.generator, self.joint = encoder, generator, joint
 
     def players(self) -> Mapping[str, Sequence[nn.Module]]:
         return {"joint": [self.joint], "generator": [self.generator], "encoder": [self.encoder]}
@@ -73,6 +89,10 @@ class Bidirectional(Detector):
         for name, [network] in self.players().items():
             cast(MovingAverage, self.averages[name]).follow(network)
 
+    def codes_like(self, x: Tensor) -> Tensor:
+        """z ~ N(0, I), (B,d)"""
+        return self.randomness.normal(x, self.latent_size)
+
     def pairs(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
         """D_xz(x, E(x)) and D_xz(G(z), z), logits (B,) of images (B,C,S,S) and codes (B,d)."""
         return self.joint(x, self.encoder(x))[0], self.joint(self.generator(z), z)[0]
@@ -85,22 +105,23 @@ class BiGAN(Bidirectional):
     """EGBAD: a BiGAN, scored by its reconstruction and by its discriminator.
 
     Zenati, Foo, Lecouat, Manek & Chandrasekhar, "Efficient GAN-based anomaly detection", 2018 (arXiv 1802.06222), on
-    Donahue et al. 2017, in the order of the authors' code (houssamzenati/Efficient-GAN-Anomaly-Detection@15568ab). With
-    z ~ N(0, I), three moves one after the other, each on a fresh pass:
+    Donahue et al. 2017, with the networks and the order of the authors' code for MNIST
+    (houssamzenati/Efficient-GAN-Anomaly-Detection@15568ab). With z ~ N(0, I), D moves, then, on another batch, G and E:
 
         L_D = BCE(D(x, E(x)), 1) + BCE(D(G(z), z), 0)
-        L_G = BCE(D(G(z), z), 1)
-        L_E = BCE(D(x, E(x)), 0)
+        L_G = BCE(D(G(z), z), 1)            L_E = BCE(D(x, E(x)), 0)
 
     and with x^ = G(E(x)), f the last hidden layer of D, and the moving averages of all weights,
 
         A(x) = (1 - w) sum |x - x^|  +  w sum |f(x, E(x)) - f(x^, E(x))|      or      ... + w BCE(D(x, E(x)), 1)
 
-    *Where we differ from the authors' code:* the networks are DCGAN's at 32 pixels (theirs: three convolutions, and
-    dense layers of 1024, at 28); scores are not divided by their range over the test set. Their experiment has one
-    digit abnormal and reports the area under the precision-recall curve.
+    *Where we differ from the authors' code:* its second score has D(x^, E(x)) where the paper, and we, have D(x, E(x));
+    images have 32 pixels (theirs 28); the averages are taken after G and E (theirs of D right after D). Their
+    experiment has one digit abnormal and reports the area under the precision-recall curve.
 
-    Args: as in `Bidirectional`, and
+    Args:
+        width: channels of E's first convolution. units: of the hidden layers of D; of G twice as many.
+        dropout: behind D's four hidden layers. latent_size, average: as in `Bidirectional`.
         w_discriminator: w.
         discriminator_term: ``feature`` or ``cross_entropy``; both are kept with a run's scores.
     """
@@ -117,20 +138,45 @@ class BiGAN(Bidirectional):
         w_discriminator: float,
         discriminator_term: Literal["feature", "cross_entropy"],
     ) -> None:
-        super().__init__(
-            image_shape, width=width, units=units, dropout=dropout, latent_size=latent_size, average=average
-        )
+        channels, size, _ = image_shape
+        if size % 4:
+            raise ValueError(f"BiGAN halves the image twice: give a model.input.size that 4 divides, not {size}")
         if not 0 <= w_discriminator <= 1:
             raise ValueError(f"model.detector.w_discriminator={w_discriminator}: choose a number from 0 to 1")
+        side, leaky = size // 4, nn.LeakyReLU(0.1)
+        encoder = nn.Sequential(
+            *(nn.Conv2d(channels, width, 3, 1, 1),),
+            *(nn.Conv2d(width, 2 * width, 3, 2, 1), nn.BatchNorm2d(2 * width), leaky),
+            *(nn.Conv2d(2 * width, 4 * width, 3, 2, 1), nn.BatchNorm2d(4 * width), leaky),
+            *(nn.Flatten(), nn.Linear(4 * width * side**2, latent_size)),
+        )
+        generator = nn.Sequential(
+            *(nn.Linear(latent_size, 2 * units), nn.BatchNorm1d(2 * units), nn.ReLU()),
+            *(nn.Linear(2 * units, 4 * width * side**2), nn.BatchNorm1d(4 * width * side**2), nn.ReLU()),
+            nn.Unflatten(1, (4 * width, side, side)),
+            *(nn.ConvTranspose2d(4 * width, 2 * width, 4, 2, 1), nn.BatchNorm2d(2 * width), nn.ReLU()),
+            *(nn.ConvTranspose2d(2 * width, channels, 4, 2, 1), nn.Tanh()),
+        )
+        image = nn.Sequential(
+            *(nn.Conv2d(channels, 2 * width, 4, 2, 1), leaky, nn.Dropout(dropout)),
+            *(nn.Conv2d(2 * width, 2 * width, 4, 2, 1), nn.BatchNorm2d(2 * width), leaky, nn.Dropout(dropout)),
+            nn.Flatten(),
+        )
+        code = nn.Sequential(*dense(latent_size, units, 0.1, dropout))
+        features = 2 * width * side**2 + units
+        joint = JointDiscriminator(image, code, features, units=2 * units, slope=0.1, dropout=dropout)
+        super().__init__(image_shape, encoder, generator, joint, latent_size=latent_size, average=average)
+        for network in (self.encoder, self.generator, self.joint):
+            start(network, 0.02)
         self.w_discriminator, self.discriminator_term = w_discriminator, discriminator_term
         self.start_averages()
 
     def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
-        x, z = batch.x, self.randomness.normal(batch.x, self.latent_size)
-        encoded, generated = self.pairs(x, z)
+        encoded, generated = self.pairs(batch.x, self.codes_like(batch.x))
         yield {"joint": bce(encoded, 1) + bce(generated, 0)}
-        yield {"generator": bce(self.joint(self.generator(z), z)[0], 1)}
-        yield {"encoder": bce(self.joint(x, self.encoder(x))[0], 0)}
+        x = self.next_batch().x
+        encoded, generated = self.pairs(x, self.codes_like(x))
+        yield {"generator": bce(generated, 1), "encoder": bce(encoded, 0)}
         self.follow()
 
     def terms(self, x: Tensor) -> Mapping[str, Tensor]:
@@ -162,28 +208,41 @@ class ALAD(Bidirectional):
         cycle  BCE(D_xx(x, x), 0) + BCE(D_xx(x, x^), 1) + BCE(D_zz(z, z), 0) + BCE(D_zz(z, z^), 1)
         G      BCE(D_xz(G(z), z), 1) + cycle                    E      BCE(D_xz(x, E(x)), 0) + cycle
 
-    E and the discriminators have spectral norm; D_xx sees its two images one above the other. With f the features of
-    D_xx, and the moving averages of all weights, the anomaly score is A(x) = sum |f(x, x) - f(x, x^)|.
+    E and the discriminators have spectral norm but for their last layers; D_xx sees its two images one above the other.
+    With f the features of D_xx, and the moving averages of all weights, the anomaly score is
+    A(x) = sum |f(x, x) - f(x, x^)|.
 
-    *Where we differ from the authors' code:* the kernels of G, E and D_xz are DCGAN's, and start as DCGAN's (theirs all
-    from N(0, 0.01)); E's last convolution has spectral norm as well; the averages are taken after a move (theirs
-    together with it); training ends after its budget (theirs when the score of held-out normals has not fallen for ten
-    epochs, and it then tests the last weights, not those of the best epoch). Their ``--enable_dzz``, ``--sn`` and
-    ``--enable_early_stop`` are off by default; the paper's model has all three, ours the first two.
+    *Where we differ from the authors' code:* convolutions of E, G and of D_xz's image branch have no bias (theirs all
+    have one); the averages are taken after a move (theirs together with it); training ends after its budget (theirs
+    when the score of held-out normals has not fallen for ten epochs, and it then tests the last weights, not those of
+    the best epoch). Their ``--enable_dzz``, ``--sn`` and ``--enable_early_stop`` are off by default; the paper's model
+    has all three, ours the first two.
 
-    Args: as in `Bidirectional`.
+    Args:
+        width: channels of E and D_xz after their first convolution, of G before its last; D_xx has half of it.
+        units: of the two dense layers that D_xz has for codes; the pair has twice as many.
+        dropout: in the discriminators' dense layers, and in D_xx. latent_size, average: as in `Bidirectional`.
     """
 
     def __init__(
         self, image_shape: Sequence[int], *, width: int, units: int, dropout: float, latent_size: int, average: float
     ) -> None:
-        super().__init__(
-            image_shape, width=width, units=units, dropout=dropout, latent_size=latent_size, average=average
-        )
-        self.images = PairOfImages(image_shape[0], image_shape[1], max(width // 2, 1), dropout)
+        channels, size, _ = image_shape
+        encoder = DCGANEncoder(channels, size, width, latent_size, tanh=False)
+        encoder.insert(1, nn.BatchNorm2d(width))
+        image = nn.Sequential(DCGANDiscriminator(channels, size, width).features, nn.Flatten())
+        code = nn.Sequential(*dense(latent_size, units, 0.2, dropout), *dense(units, units, 0.2, dropout))
+        features = width * (size // 8) * 16 + units  # of 4×4 positions
+        joint = JointDiscriminator(image, code, features, units=2 * units, slope=0.2, dropout=dropout)
+        generator = DCGANDecoder(channels, size, width, latent_size, nn.ReLU())
+        super().__init__(image_shape, encoder, generator, joint, latent_size=latent_size, average=average)
+        self.images = PairOfImages(channels, size, max(width // 2, 1), dropout)
         self.codes = PairOfCodes(latent_size, dropout)
+        for network in (self.encoder, self.generator, self.joint, self.images, self.codes):
+            start(network, 0.01)
         for network in (self.encoder, self.joint, self.images, self.codes):
-            for layer in [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]:
+            *bounded, _ = [module for module in network.modules() if isinstance(module, nn.Conv2d | nn.Linear)]
+            for layer in bounded:
                 spectral_norm(layer)
         self.start_averages()
 
@@ -191,7 +250,7 @@ class ALAD(Bidirectional):
         return {**super().players(), "images": [self.images], "codes": [self.codes]}
 
     def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
-        x, z = batch.x, self.randomness.normal(batch.x, self.latent_size)
+        x, z = batch.x, self.codes_like(batch.x)
         encoded, generated = self.pairs(x, z)
         same_x, cycled_x, same_z, cycled_z = self.cycles(x, z)
         yield {
@@ -200,7 +259,7 @@ class ALAD(Bidirectional):
             "codes": bce(same_z, 1) + bce(cycled_z, 0),
         }
         x = self.next_batch().x
-        z = self.randomness.normal(x, self.latent_size)
+        z = self.codes_like(x)
         encoded, generated = self.pairs(x, z)
         same_x, cycled_x, same_z, cycled_z = self.cycles(x, z)
         cycle = bce(same_x, 0) + bce(cycled_x, 1) + bce(same_z, 0) + bce(cycled_z, 1)
@@ -244,7 +303,7 @@ class PairOfCodes(nn.Sequential):
     def __init__(self, latent_size: int, dropout: float) -> None:
         layers: list[nn.Module] = []
         for inputs, outputs in ((2 * latent_size, 64), (64, 32)):
-            layers += [nn.Linear(inputs, outputs), nn.LeakyReLU(0.2), nn.Dropout(dropout)]
+            layers += dense(inputs, outputs, 0.2, dropout)
         super().__init__(*layers, nn.Linear(32, 1))
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:  # type: ignore[override]
