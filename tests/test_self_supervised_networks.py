@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from anomaly_lab.batches import Batch, PlainLoader
 from anomaly_lab.methods.anonagn import NonAdversarialDecoderEncoder
-from anomaly_lab.methods.lsa import LSA, Estimator
+from anomaly_lab.methods.lsa import LSA, Estimator, Residual
 from anomaly_lab.methods.pixelcnn import GatedPixelCNN
 from anomaly_lab.methods.pretrained_neighbours import PatchCore, PretrainedNeighbours, farthest_first
 from anomaly_lab.methods.puzzle_autoencoder import PuzzleAutoencoder, joined, tiles
@@ -90,7 +90,9 @@ def test_lsa_losses_and_score_are_the_papers_equations() -> None:
     assert isinstance(made, LSA)
     made.nll_weight = 0.5
     with torch.no_grad():
-        made.encoder[-2].weight.mul_(30)  # untrained, all codes lie in the same bins
+        made.encoder[-2].weight.mul_(5)  # untrained, all codes lie in the same bins
+    for norm in (n for n in made.modules() if isinstance(n, torch.nn.BatchNorm1d | torch.nn.BatchNorm2d)):
+        norm.momentum = 1.0  # as after training: else the blocks' outputs are nearly constant in eval mode
     (losses,) = made.plays(batch())
 
     def terms(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -102,14 +104,35 @@ def test_lsa_losses_and_score_are_the_papers_equations() -> None:
 
     error, nll = terms(x)
     torch.testing.assert_close(losses["lsa"], error.mean() + 0.5 * nll.mean())
-    made.eval()
     with torch.no_grad():
-        made.after_fit(images(30, seed=2))
+        made.terms(images(30, seed=2))
+        made.eval().after_fit(images(30, seed=2))
         scaled = [
             (found - fitted.min()) / (fitted.max() - fitted.min())
             for found, fitted in zip(terms(x), terms(images(30, seed=2)), strict=True)
         ]
         torch.testing.assert_close(made.score(x), scaled[0] + scaled[1], rtol=1e-4, atol=1e-4)
+
+
+def test_lsa_has_residual_blocks_and_of_colour_a_stem() -> None:
+    block = Residual(4, 6, "halve").double()
+    x = torch.rand(2, 4, 8, 8, dtype=torch.double)
+    first, norm_1, _, second, norm_2 = block.main
+    main = norm_2(second(F.leaky_relu(norm_1(first(x)), 0.01)))
+    scaled, norm = block.shortcut
+    beside = norm(F.conv2d(x[:, :, ::2, ::2], scaled.weight))
+    torch.testing.assert_close(block(x), F.leaky_relu(main + beside, 0.01))
+    assert Residual(4, 6, "double").double()(x).shape == (2, 6, 16, 16)
+
+    def blocks(network: torch.nn.Module) -> list[tuple[int, int]]:
+        return [(b.main[0].in_channels, b.main[0].out_channels) for b in network.modules() if isinstance(b, Residual)]
+
+    widths = "model.detector.widths=[64,128,256]"
+    grey = detector("lsa", "model.detector.widths=[32,64]", "model.input.size=28", shape=(1, 28, 28))
+    assert (blocks(grey.encoder), blocks(grey.decoder)) == ([(1, 32), (32, 64)], [(64, 32), (32, 16)])
+    colour = detector("lsa_cifar10", widths, shape=(3, 32, 32))
+    assert blocks(colour.encoder) == [(32, 32), (32, 64), (64, 128), (128, 256)]
+    assert blocks(colour.decoder) == [(256, 128), (128, 64), (64, 32), (32, 32)]
 
 
 # PixelCNN -----------------------------------------------------------------------------------------------------------

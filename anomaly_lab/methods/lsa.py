@@ -7,12 +7,15 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from anomaly_lab.detector import Batch, Detector
+
+SLOPE = 0.01  # of every leaky ReLU
 
 
 class _Masked(nn.Linear):
@@ -36,7 +39,7 @@ class Estimator(nn.Module):
         super().__init__()
         layers: list[nn.Module] = []
         for position, (a, b) in enumerate(itertools.pairwise([1, width, width, width, width, bins])):
-            layers += [nn.LeakyReLU(0.01)] * (position > 0) + [_Masked(latent_size, a, b, own=position > 0)]
+            layers += [nn.LeakyReLU(SLOPE)] * (position > 0) + [_Masked(latent_size, a, b, own=position > 0)]
         self.layers = nn.Sequential(*layers)
         self.bins = bins
 
@@ -51,6 +54,33 @@ class Estimator(nn.Module):
         return F.cross_entropy(self(z).transpose(1, 2), target, reduction="none").sum(1)
 
 
+class Residual(nn.Module):
+    """Two convolutions beside a shortcut, each with batch norm: (B,a,S,S) -> (B,b,S',S').
+
+    Args:
+        a, b: channels. step: ``halve`` the image, ``double`` it, or ``keep`` its size, and then the channels' number.
+    """
+
+    def __init__(self, a: int, b: int, step: Literal["halve", "double", "keep"]) -> None:
+        super().__init__()
+        first: dict[str, nn.Module] = {
+            "halve": nn.Conv2d(a, b, 3, 2, 1, bias=False),
+            "double": nn.ConvTranspose2d(a, b, 5, 2, 2, output_padding=1, bias=False),
+            "keep": nn.Conv2d(a, b, 3, 1, 1, bias=False),
+        }
+        shortcut: dict[str, list[nn.Module]] = {
+            "halve": [nn.Conv2d(a, b, 1, 2, bias=False), nn.BatchNorm2d(b)],
+            "double": [nn.ConvTranspose2d(a, b, 1, 2, output_padding=1, bias=False), nn.BatchNorm2d(b)],
+            "keep": [],
+        }
+        second = nn.Conv2d(b, b, 3, 1, 1, bias=False)
+        self.main = nn.Sequential(first[step], nn.BatchNorm2d(b), nn.LeakyReLU(SLOPE), second, nn.BatchNorm2d(b))
+        self.shortcut = nn.Sequential(*shortcut[step])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.leaky_relu(self.main(x) + self.shortcut(x), SLOPE)
+
+
 class LSA(Detector):
     """Surprisal and error: images are odd when their code is unlikely or their reconstruction bad.
 
@@ -63,12 +93,13 @@ class LSA(Detector):
     The score is the sum of both terms after each has been scaled by its minimum and maximum among the training images.
 
     *Where we differ from the authors' code:* its scales come from a tenth of the training normals drawn anew at the
-    test, which had trained as well; ours from all that trained. Their blocks are residual, for grey and for colour: two
-    convolutions beside a 1×1, each with batch norm; ours are one convolution each.
+    test, which had trained as well; ours from all that trained. Its first convolution of colour images has no padding.
 
     Args:
-        widths: channels of the encoder's stride-2 convolutions, the decoder's in reverse. hidden: units between the
-        convolutions and the code. latent_size: d. estimator_width: w. bins: Q. nll_weight: lambda.
+        widths: channels of the encoder's residual blocks, each of which halves the image; the decoder has them in
+        reverse and ends in half the first. stem: with a convolution and a block before the first halving, and a block
+        behind the last doubling. hidden: units between the convolutions and the code. latent_size: d.
+        estimator_width: w. bins: Q. nll_weight: lambda.
     """
 
     scales: Tensor  # (2,2): minimum and maximum of reconstruction and of nll
@@ -78,6 +109,7 @@ class LSA(Detector):
         image_shape: Sequence[int],
         *,
         widths: Sequence[int],
+        stem: bool,
         hidden: int,
         latent_size: int,
         estimator_width: int,
@@ -90,25 +122,25 @@ class LSA(Detector):
             raise ValueError(
                 f"{len(widths)} halvings need a model.input.size that {2 ** len(widths)} divides, not {size}"
             )
-        side, slope = size >> len(widths), 0.01
-        down: list[nn.Module] = []
-        for a, b in itertools.pairwise([channels, *widths]):
-            down += [nn.Conv2d(a, b, 3, 2, 1), nn.BatchNorm2d(b), nn.LeakyReLU(slope)]
+        side, last = size >> len(widths), max(widths[0] // 2, 1)
+        deepest = widths[-1] * side**2
+        before: list[nn.Module] = []
+        if stem:
+            before = [nn.Conv2d(channels, last, 3, 1, 1, bias=False), nn.LeakyReLU(SLOPE), Residual(last, last, "keep")]
         self.encoder = nn.Sequential(
-            *down,
+            *before,
+            *(Residual(a, b, "halve") for a, b in itertools.pairwise([last if stem else channels, *widths])),
             nn.Flatten(),
-            *(nn.Linear(widths[-1] * side**2, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(slope)),
+            *(nn.Linear(deepest, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(SLOPE)),
             *(nn.Linear(hidden, latent_size), nn.Sigmoid()),
         )
-        up: list[nn.Module] = []
-        for a, b in itertools.pairwise([*reversed(widths), widths[0]]):
-            up += [nn.ConvTranspose2d(a, b, 4, 2, 1), nn.BatchNorm2d(b), nn.LeakyReLU(slope)]
         self.decoder = nn.Sequential(
-            *(nn.Linear(latent_size, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(slope)),
-            *(nn.Linear(hidden, widths[-1] * side**2), nn.BatchNorm1d(widths[-1] * side**2), nn.LeakyReLU(slope)),
+            *(nn.Linear(latent_size, hidden), nn.BatchNorm1d(hidden), nn.LeakyReLU(SLOPE)),
+            *(nn.Linear(hidden, deepest), nn.BatchNorm1d(deepest), nn.LeakyReLU(SLOPE)),
             nn.Unflatten(1, (widths[-1], side, side)),
-            *up,
-            nn.Conv2d(widths[0], channels, 1, bias=False),  # without an activation, as in the authors' code
+            *(Residual(a, b, "double") for a, b in itertools.pairwise([*reversed(widths), last])),
+            *([Residual(last, last, "keep")] if stem else []),
+            nn.Conv2d(last, channels, 1, bias=False),  # without an activation, as in the authors' code
         )
         self.estimator = Estimator(latent_size, estimator_width, bins)
         self.nll_weight = nll_weight
