@@ -11,6 +11,8 @@ from test_methods import batch, detector, images
 from torch import Generator, Tensor
 from torch.nn.functional import softplus
 
+from anomaly_lab import config
+from anomaly_lab.build import make_detector
 from anomaly_lab.detector import Batch
 from anomaly_lab.methods.bigan import ALAD, Bidirectional, BiGAN
 from anomaly_lab.networks import DCGANEncoder, MovingAverage
@@ -131,24 +133,65 @@ def test_spectral_norm_bounds_the_discriminators_and_the_encoder_of_alad_but_for
     assert all(not hasattr(layer, "parametrizations") for layer in made.generator)
 
 
-def test_the_networks_are_the_authors() -> None:
-    """Hidden layers in their order: houssamzenati's mnist_utilities.py and cifar10_utilities.py."""
+def layers_of(network: torch.nn.Module) -> str:
+    """A word a layer: c is a convolution and t a transposed one (outputs, kernel, stride), l is linear (outputs), n is
+    batch norm, leaky has its slope, and d is a dropout with its probability."""
+    found = []
+    for _, layer in network.named_modules(remove_duplicate=False):
+        match layer:
+            case torch.nn.Conv2d():
+                found.append(f"c{layer.out_channels},{layer.kernel_size[0]},{layer.stride[0]}")
+            case torch.nn.ConvTranspose2d():
+                found.append(f"t{layer.out_channels},{layer.kernel_size[0]},{layer.stride[0]}")
+            case torch.nn.Linear():
+                found.append(f"l{layer.out_features}")
+            case torch.nn.BatchNorm1d() | torch.nn.BatchNorm2d():
+                assert (layer.eps, layer.momentum) == (1e-3, 0.01)
+                assert torch.equal(layer.weight, torch.ones_like(layer.weight))
+                found.append("n")
+            case torch.nn.LeakyReLU():
+                found.append(f"leaky{layer.negative_slope}")
+            case torch.nn.ReLU() | torch.nn.Tanh():
+                found.append(type(layer).__name__.lower())
+            case torch.nn.Dropout():
+                found.append(f"d{layer.p}")
+    return " ".join(found)
 
-    def shapes(network: torch.nn.Module) -> list[tuple[int, ...]]:
-        layers = torch.nn.Conv2d | torch.nn.ConvTranspose2d | torch.nn.Linear
-        return [tuple(layer.weight.shape[:2]) for layer in network.modules() if isinstance(layer, layers)]
 
-    made = detector("bigan", "size=full", "model.detector.width=32", "model.detector.units=512")
-    assert shapes(made.encoder) == [(32, 1), (64, 32), (128, 64), (200, 8 * 8 * 128)]
-    assert shapes(made.generator) == [(1024, 200), (8 * 8 * 128, 1024), (128, 64), (64, 1)]
-    assert shapes(made.joint) == [(64, 1), (64, 64), (512, 200), (1024, 8 * 8 * 64 + 512), (1, 1024)]
-    dropped = [layer.p for layer in made.joint.modules() if isinstance(layer, torch.nn.Dropout)]
-    assert dropped == [0.5] * 4
-    made = detector("alad", "size=full", "model.detector.width=128", "model.detector.units=512", shape=(3, 32, 32))
-    norms = [layer.num_features for layer in made.encoder if isinstance(layer, torch.nn.BatchNorm2d)]
-    assert norms == [128, 256, 512]
-    assert shapes(made.joint.code) == [(512, 100), (512, 512)]
-    assert shapes(made.joint.pair) == [(1024, 4 * 4 * 512 + 512)]
+def published(model: str, shape: tuple[int, int, int]) -> Bidirectional:
+    made = make_detector(config.compose([f"model={model}", "size=full"]), shape)
+    assert isinstance(made, Bidirectional)
+    return made
+
+
+def test_the_networks_of_bigan_are_the_authors() -> None:
+    """houssamzenati/Efficient-GAN-Anomaly-Detection, mnist_utilities.py."""
+    made = published("bigan", (1, 28, 28))
+    assert layers_of(made.encoder) == "c32,3,1 c64,3,2 n leaky0.1 c128,3,2 n leaky0.1 l200"
+    assert layers_of(made.generator) == "l1024 n relu l6272 n relu t64,4,2 n relu t1,4,2 tanh"
+    assert layers_of(made.joint.image) == "c64,4,2 leaky0.1 d0.5 c64,4,2 n leaky0.1 d0.5"
+    assert layers_of(made.joint.code) == "l512 leaky0.1 d0.5"
+    assert layers_of(made.joint.pair) == "l1024 leaky0.1 d0.5"
+    assert made.joint.pair[0].in_features == 7 * 7 * 64 + 512
+    for network in (made.encoder, made.generator, made.joint):
+        kernels = torch.cat([p.detach().flatten() for p in network.parameters() if p.ndim > 1])
+        assert kernels.std().item() == pytest.approx(0.02, rel=0.05)
+
+
+def test_the_networks_of_alad_are_the_authors() -> None:
+    """houssamzenati/Adversarially-Learned-Anomaly-Detection, cifar10_utilities.py."""
+    made = published("alad", (3, 32, 32))
+    assert isinstance(made, ALAD)
+    assert layers_of(made.encoder) == "c128,4,2 n leaky0.2 c256,4,2 n leaky0.2 c512,4,2 n leaky0.2 c100,4,1"
+    assert layers_of(made.generator) == "t512,4,1 n relu t256,4,2 n relu t128,4,2 n relu t3,4,2 tanh"
+    assert layers_of(made.joint.image) == "c128,4,2 leaky0.2 c256,4,2 n leaky0.2 c512,4,2 n leaky0.2"
+    assert layers_of(made.joint.code) == "l512 leaky0.2 d0.2 l512 leaky0.2 d0.2"
+    assert layers_of(made.joint.pair) == "l1024 leaky0.2 d0.2"
+    assert layers_of(made.images) == "c64,5,2 leaky0.2 d0.2 c128,5,2 leaky0.2 d0.2 l1"
+    assert layers_of(made.codes) == "l64 leaky0.2 d0.2 l32 leaky0.2 d0.2 l1"
+    for network in (made.generator, made.codes):
+        kernels = torch.cat([p.detach().flatten() for p in network.parameters() if p.ndim > 1])
+        assert kernels.std().item() == pytest.approx(0.01, rel=0.1)
 
 
 @pytest.mark.parametrize(

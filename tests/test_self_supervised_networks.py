@@ -122,7 +122,11 @@ def test_lsa_has_residual_blocks_and_of_colour_a_stem() -> None:
     scaled, norm = block.shortcut
     beside = norm(F.conv2d(x[:, :, ::2, ::2], scaled.weight))
     torch.testing.assert_close(block(x), F.leaky_relu(main + beside, 0.01))
-    assert Residual(4, 6, "double").double()(x).shape == (2, 6, 16, 16)
+    kept = Residual(4, 4, "keep").double()
+    torch.testing.assert_close(kept(x), F.leaky_relu(kept.main(x) + x, 0.01))
+    doubled = Residual(4, 6, "double").double()
+    assert doubled(x).shape == (2, 6, 16, 16)
+    assert doubled.main[0].kernel_size == (5, 5)
 
     def blocks(network: torch.nn.Module) -> list[tuple[int, int]]:
         return [(b.main[0].in_channels, b.main[0].out_channels) for b in network.modules() if isinstance(b, Residual)]
@@ -131,6 +135,7 @@ def test_lsa_has_residual_blocks_and_of_colour_a_stem() -> None:
     grey = detector("lsa", "model.detector.widths=[32,64]", "model.input.size=28", shape=(1, 28, 28))
     assert (blocks(grey.encoder), blocks(grey.decoder)) == ([(1, 32), (32, 64)], [(64, 32), (32, 16)])
     colour = detector("lsa_cifar10", widths, shape=(3, 32, 32))
+    assert type(colour.encoder[1]) is torch.nn.LeakyReLU and colour.encoder[0].bias is None
     assert blocks(colour.encoder) == [(32, 32), (32, 64), (64, 128), (128, 256)]
     assert blocks(colour.decoder) == [(256, 128), (128, 64), (64, 32), (32, 32)]
 

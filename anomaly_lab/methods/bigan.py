@@ -46,12 +46,15 @@ def dense(inputs: int, outputs: int, slope: float, dropout: float) -> list[nn.Mo
 
 
 def start(network: nn.Module, deviation: float) -> None:
-    """Weights from N(0, deviation), biases 0."""
+    """Weights from N(0, deviation), biases 0, and batch norm as TensorFlow has it: epsilon 1e-3, slow statistics."""
     for layer in network.modules():
         if isinstance(layer, nn.Conv2d | nn.ConvTranspose2d | nn.Linear):
             nn.init.normal_(layer.weight, 0.0, deviation)
             if layer.bias is not None:
                 nn.init.zeros_(layer.bias)
+        elif isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d):
+            layer.reset_parameters()
+            layer.eps, layer.momentum = 1e-3, 0.01
 
 
 class Bidirectional(Detector):
@@ -93,10 +96,6 @@ class Bidirectional(Detector):
         """z ~ N(0, I), (B,d)"""
         return self.randomness.normal(x, self.latent_size)
 
-    def pairs(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
-        """D_xz(x, E(x)) and D_xz(G(z), z), logits (B,) of images (B,C,S,S) and codes (B,d)."""
-        return self.joint(x, self.encoder(x))[0], self.joint(self.generator(z), z)[0]
-
     def reconstruct(self, x: Tensor) -> Tensor:
         return self.averages["generator"](self.averages["encoder"](x))
 
@@ -116,12 +115,16 @@ class BiGAN(Bidirectional):
         A(x) = (1 - w) sum |x - x^|  +  w sum |f(x, E(x)) - f(x^, E(x))|      or      ... + w BCE(D(x, E(x)), 1)
 
     *Where we differ from the authors' code:* its second score has D(x^, E(x)) where the paper, and we, have D(x, E(x));
-    images have 32 pixels (theirs 28); the averages are taken after G and E (theirs of D right after D). Their
-    experiment has one digit abnormal and reports the area under the precision-recall curve.
+    images have 32 pixels (theirs 28, which is ``model.input.size=28``); batch norm's statistics, which follow at both
+    moves, are those of G(z) (theirs follow at a network's own move, and G's are of reconstructions as well); strided
+    convolutions pad both sides (theirs one); averages are taken after both moves (theirs together with a move). E's
+    first convolution has no activation, as in the commit above; a later one has. Their experiment has one digit
+    abnormal and reports the area under the precision-recall curve.
 
     Args:
-        width: channels of E's first convolution. units: of the hidden layers of D; of G twice as many.
-        dropout: behind D's four hidden layers. latent_size, average: as in `Bidirectional`.
+        width: channels of E's first convolution; D's image branch has twice as many. units: of D's dense layer for
+        codes; its last hidden layer, and G's first, have twice as many. dropout: behind D's four hidden layers.
+        latent_size, average: as in `Bidirectional`.
         w_discriminator: w.
         discriminator_term: ``feature`` or ``cross_entropy``; both are kept with a run's scores.
     """
@@ -145,7 +148,7 @@ class BiGAN(Bidirectional):
             raise ValueError(f"model.detector.w_discriminator={w_discriminator}: choose a number from 0 to 1")
         side, leaky = size // 4, nn.LeakyReLU(0.1)
         encoder = nn.Sequential(
-            *(nn.Conv2d(channels, width, 3, 1, 1),),
+            nn.Conv2d(channels, width, 3, 1, 1),  # linear
             *(nn.Conv2d(width, 2 * width, 3, 2, 1), nn.BatchNorm2d(2 * width), leaky),
             *(nn.Conv2d(2 * width, 4 * width, 3, 2, 1), nn.BatchNorm2d(4 * width), leaky),
             *(nn.Flatten(), nn.Linear(4 * width * side**2, latent_size)),
@@ -172,12 +175,16 @@ class BiGAN(Bidirectional):
         self.start_averages()
 
     def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
-        encoded, generated = self.pairs(batch.x, self.codes_like(batch.x))
+        encoded, generated = self.logits(batch.x)
         yield {"joint": bce(encoded, 1) + bce(generated, 0)}
-        x = self.next_batch().x
-        encoded, generated = self.pairs(x, self.codes_like(x))
+        encoded, generated = self.logits(self.next_batch().x)
         yield {"generator": bce(generated, 1), "encoder": bce(encoded, 0)}
         self.follow()
+
+    def logits(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """D(x, E(x)) and D(G(z), z) of a fresh z: (B,C,S,S) -> (B,), (B,)"""
+        z = self.codes_like(x)
+        return self.joint(x, self.encoder(x))[0], self.joint(self.generator(z), z)[0]
 
     def terms(self, x: Tensor) -> Mapping[str, Tensor]:
         code = self.averages["encoder"](x)
@@ -213,10 +220,12 @@ class ALAD(Bidirectional):
     A(x) = sum |f(x, x) - f(x, x^)|.
 
     *Where we differ from the authors' code:* convolutions of E, G and of D_xz's image branch have no bias (theirs all
-    have one); the averages are taken after a move (theirs together with it); training ends after its budget (theirs
-    when the score of held-out normals has not fallen for ten epochs, and it then tests the last weights, not those of
-    the best epoch). Their ``--enable_dzz``, ``--sn`` and ``--enable_early_stop`` are off by default; the paper's model
-    has all three, ours the first two.
+    have one); spectral norm is torch's, whose power iteration takes no gradient and rests while scoring (theirs does
+    neither); each network has an Adam of its own (theirs share one, whose bias correction so fades five times as fast);
+    batch norm's statistics follow at both moves, averages after both; D_xx's convolutions pad both sides alike (theirs
+    one more to the right); training ends after its budget (theirs when the score of held-out normals has not fallen for
+    ten epochs, and it then tests the last weights, not those of the best epoch). Their ``--enable_dzz``, ``--sn`` and
+    ``--enable_early_stop`` are off by default; the paper's model has all three, ours the first two.
 
     Args:
         width: channels of E and D_xz after their first convolution, of G before its last; D_xx has half of it.
@@ -250,26 +259,24 @@ class ALAD(Bidirectional):
         return {**super().players(), "images": [self.images], "codes": [self.codes]}
 
     def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
-        x, z = batch.x, self.codes_like(batch.x)
-        encoded, generated = self.pairs(x, z)
-        same_x, cycled_x, same_z, cycled_z = self.cycles(x, z)
+        encoded, generated, same_x, cycled_x, same_z, cycled_z = self.logits(batch.x)
         yield {
             "joint": bce(encoded, 1) + bce(generated, 0),
             "images": bce(same_x, 1) + bce(cycled_x, 0),
             "codes": bce(same_z, 1) + bce(cycled_z, 0),
         }
-        x = self.next_batch().x
-        z = self.codes_like(x)
-        encoded, generated = self.pairs(x, z)
-        same_x, cycled_x, same_z, cycled_z = self.cycles(x, z)
+        encoded, generated, same_x, cycled_x, same_z, cycled_z = self.logits(self.next_batch().x)
         cycle = bce(same_x, 0) + bce(cycled_x, 1) + bce(same_z, 0) + bce(cycled_z, 1)
         yield {"generator": bce(generated, 1) + cycle, "encoder": bce(encoded, 0) + cycle}
         self.follow()
 
-    def cycles(self, x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Logits (B,) of D_xx(x, x), D_xx(x, x^), D_zz(z, z) and D_zz(z, z^)."""
-        rebuilt, recoded = self.generator(self.encoder(x)), self.encoder(self.generator(z))
-        return self.images(x, x)[0], self.images(x, rebuilt)[0], self.codes(z, z), self.codes(z, recoded)
+    def logits(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """D_xz(x, E(x)), D_xz(G(z), z), D_xx(x, x), D_xx(x, x^), D_zz(z, z), D_zz(z, z^) of a fresh z, (B,) each."""
+        z = self.codes_like(x)
+        code, generated = self.encoder(x), self.generator(z)
+        pairs = self.joint(x, code)[0], self.joint(generated, z)[0]
+        images = self.images(x, x)[0], self.images(x, self.generator(code))[0]
+        return *pairs, *images, self.codes(z, z), self.codes(z, self.encoder(generated))
 
     def terms(self, x: Tensor) -> Mapping[str, Tensor]:
         rebuilt, discriminator = self.reconstruct(x), self.averages["images"]

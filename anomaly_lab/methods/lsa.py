@@ -55,14 +55,16 @@ class Estimator(nn.Module):
 
 
 class Residual(nn.Module):
-    """Two convolutions beside a shortcut, each with batch norm: (B,a,S,S) -> (B,b,S',S').
+    """Two convolutions with batch norm beside a shortcut: (B,a,S,S) -> (B,b,S',S').
 
     Args:
-        a, b: channels. step: ``halve`` the image, ``double`` it, or ``keep`` its size, and then the channels' number.
+        a, b: channels. step: ``halve`` the image, ``double`` it, or ``keep`` its size and its channels. Where it is
+        kept the shortcut is the image itself, else a 1×1 convolution with batch norm.
     """
 
     def __init__(self, a: int, b: int, step: Literal["halve", "double", "keep"]) -> None:
         super().__init__()
+        assert step != "keep" or a == b
         first: dict[str, nn.Module] = {
             "halve": nn.Conv2d(a, b, 3, 2, 1, bias=False),
             "double": nn.ConvTranspose2d(a, b, 5, 2, 2, output_padding=1, bias=False),
