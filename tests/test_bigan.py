@@ -204,3 +204,8 @@ def test_the_networks_of_alad_are_the_authors() -> None:
 def test_a_wrong_option_is_named_with_the_right_ones(override: str, message: str) -> None:
     with pytest.raises(Exception, match=message):
         detector("bigan", override)
+
+
+def test_an_image_that_cannot_be_halved_twice_is_refused() -> None:
+    with pytest.raises(Exception, match=r"model\.input\.size that 4 divides, not 30"):
+        published("bigan", (1, 30, 30))

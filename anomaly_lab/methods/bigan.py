@@ -118,8 +118,8 @@ class BiGAN(Bidirectional):
     images have 32 pixels (theirs 28, which is ``model.input.size=28``); batch norm's statistics, which follow at both
     moves, are those of G(z) (theirs follow at a network's own move, and G's are of reconstructions as well); strided
     convolutions pad both sides (theirs one); averages are taken after both moves (theirs together with a move). E's
-    first convolution has no activation, as in the commit above; a later one has. Their experiment has one digit
-    abnormal and reports the area under the precision-recall curve.
+    first convolution has no activation, as in their commits c67832a and 8e62c36 (f9ee733 has one). Their experiment has
+    one digit abnormal and reports the area under the precision-recall curve.
 
     Args:
         width: channels of E's first convolution; D's image branch has twice as many. units: of D's dense layer for
