@@ -65,19 +65,19 @@ class Residual(nn.Module):
     def __init__(self, a: int, b: int, step: Literal["halve", "double", "keep"]) -> None:
         super().__init__()
         assert step != "keep" or a == b
-        first: dict[str, nn.Module] = {
-            "halve": nn.Conv2d(a, b, 3, 2, 1, bias=False),
-            "double": nn.ConvTranspose2d(a, b, 5, 2, 2, output_padding=1, bias=False),
-            "keep": nn.Conv2d(a, b, 3, 1, 1, bias=False),
-        }
-        shortcut: dict[str, list[nn.Module]] = {
-            "halve": [nn.Conv2d(a, b, 1, 2, bias=False), nn.BatchNorm2d(b)],
-            "double": [nn.ConvTranspose2d(a, b, 1, 2, output_padding=1, bias=False), nn.BatchNorm2d(b)],
-            "keep": [],
-        }
+        first: nn.Module
+        shortcut: list[nn.Module] = []
+        if step == "halve":
+            first = nn.Conv2d(a, b, 3, 2, 1, bias=False)
+            shortcut = [nn.Conv2d(a, b, 1, 2, bias=False), nn.BatchNorm2d(b)]
+        elif step == "double":
+            first = nn.ConvTranspose2d(a, b, 5, 2, 2, output_padding=1, bias=False)
+            shortcut = [nn.ConvTranspose2d(a, b, 1, 2, output_padding=1, bias=False), nn.BatchNorm2d(b)]
+        else:
+            first = nn.Conv2d(a, b, 3, 1, 1, bias=False)
         second = nn.Conv2d(b, b, 3, 1, 1, bias=False)
-        self.main = nn.Sequential(first[step], nn.BatchNorm2d(b), nn.LeakyReLU(SLOPE), second, nn.BatchNorm2d(b))
-        self.shortcut = nn.Sequential(*shortcut[step])
+        self.main = nn.Sequential(first, nn.BatchNorm2d(b), nn.LeakyReLU(SLOPE), second, nn.BatchNorm2d(b))
+        self.shortcut = nn.Sequential(*shortcut)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.leaky_relu(self.main(x) + self.shortcut(x), SLOPE)
