@@ -61,6 +61,7 @@ OWN_WIDTHS = {
     "geotrans": (0.85, [*EIGHT, "model.detector.shift=2", "model.budget.epochs=10"]),
     "lsa": (0.9, [*EIGHT, "model.budget.epochs=10"]),
     "anonagn_reconstruction": (0.9, [*EIGHT, "model.budget.epochs=10"]),
+    "dagpr_reconstruction": (0.95, [*EIGHT, "model.budget.epochs=10"]),
     "vae": (0.95, [*EIGHT, "model.budget.epochs=10"]),
     "addpa": (0.95, ["model.detector.features=null", "model.input.size=16", "model.budget.steps=150"]),  # no download
     "goad": (0.9, [EIGHT[0], "model.detector.shift=2", "model.budget.epochs=3", "model.budget.epoch_steps=60"]),
