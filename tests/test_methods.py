@@ -28,6 +28,8 @@ SHRINK: dict[str, object] = {
     "model.detector.flips": False,
     "model.detector.orders": 2,
     "model.detector.samples": 8,
+    "model.detector.inner": 1,  # of two epochs: a run that is killed between them crosses from one round to the next
+    "model.detector.warm_up": 1,  # the second epoch moves the radius
     "model.detector.units": 4,
     "model.detector.encoder_widths": [4, 4, 4, 4],
     "model.detector.generator_widths": [4, 4, 4, 4],

@@ -37,7 +37,8 @@ class AnoGAN(Detector):
     the paper's). The starts are drawn once, with the weights, and are the same for all images, so that a score
     depends on its image alone. Adam's rate is an option: the port's 0.001 moves no entry of a code by more than 0.1 in
     100 steps, which is no search in N(0, I). Images have 32 pixels, not 64: R and F are sums over an image, as in the
-    paper, so lambda weighs them differently at each size.
+    paper, so lambda weighs them differently at each size. "Anomaly Detection of MNIST is not yet available" in that
+    port, by its README, so no figure on MNIST can be its.
 
     Args:
         width: channels of D after its first convolution, of G before its last.

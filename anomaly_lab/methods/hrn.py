@@ -51,7 +51,7 @@ class HRN(Detector):
 
     *Where we differ from the authors' code:* it reports the best test epoch, here the last one counts. Its gradient
     norm on colour images runs over the channels of each pixel; here over the whole image, as in the paper and as in its
-    code for grey ones. The 0.01 is the code's; the paper has none.
+    code for grey ones. The 0.01 is the code's; the paper has none. The code's option ``lr`` is never used.
 
     Args:
         width: w.

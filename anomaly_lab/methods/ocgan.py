@@ -37,7 +37,10 @@ class OCGAN(Detector):
     three channels, and DCGAN's 4×4 kernels; D_l's hidden units are leaky (theirs are cut off at 0); u is mined with the
     C that has just moved (in the code that is stored publicly, before C moves); no dropout; the last epoch counts
     (theirs is the one with the smallest error on held-out normals). Their indentation runs the end of an epoch after
-    every batch; ours does not.
+    every batch; ours does not. What they name L1 in the loss of E and G is half the mean square, so their weights of it
+    count half. A TensorFlow port (nuclearboy95/Anomaly-Detection-OCGAN-tensorflow@6be4602) cuts the test set to a
+    length that follows from the training set's, about half of MNIST's in the order of the file, and its README's
+    figures are of that half.
 
     Args:
         width: channels of E and C after their first convolution, of G before its last.

@@ -78,7 +78,8 @@ class FAnoGAN(WassersteinGAN):
 
     *Where we differ from the authors' code:* the networks are DCGAN's at our image size, 32 pixels, where theirs are
     residual at 64; E has layer norm, as D. ``code_activation`` names three outputs of E: under a tanh no code has an
-    entry beyond 1, where a third of N(0, 1) lies; 3 tanh reaches nearly all of it.
+    entry beyond 1, where a third of N(0, 1) lies; 3 tanh reaches nearly all of it. The dense generator of a port for
+    MNIST (A03ki/f-AnoGAN@900f9d6) has batch norm with eps 0.8, a slip: 0.8 was meant as its momentum.
 
     Args: as in `WassersteinGAN`, and
         kappa: weight of the features.
@@ -153,7 +154,8 @@ class ADGAN(WassersteinGAN):
 
     *Where we differ from that code:* batch norm is in eval mode in both moves (there, the one of theta normalises a
     batch of one image by itself); all test images are scored (there, 5000 drawn without a seed); the starts are drawn
-    once, with the weights, so that a score depends on its image alone.
+    once, with the weights, so that a score depends on its image alone; l is read after the last moves (there, before
+    the sixth one of z).
 
     Args: as in `WassersteinGAN`, and
         starts: T. search_steps: moves of z, and of theta.
