@@ -32,9 +32,9 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 _MISSING = "#E8EAED"
 
 
-def save(figure: Figure, path: str | Path, *, dpi: int = 130) -> Path:
-    """Write a PNG whole or not at all; same figure, same bytes."""
-    plain = {"Software": None}  # matplotlib's version in the header would change the bytes
+def save(figure: Figure, path: str | Path, *, dpi: int = 130, source: str | None = None) -> Path:
+    """Write a PNG whole or not at all; same figure, same bytes. Its header says `source`: what it was drawn from."""
+    plain = {"Software": None, "Source": source}  # matplotlib's version in the header would change the bytes
     write_atomically(path, lambda file: figure.savefig(file, format="png", dpi=dpi, facecolor="white", metadata=plain))
     return Path(path)
 
