@@ -116,7 +116,8 @@ def best_epochs(frame: pd.DataFrame) -> pd.DataFrame:
     """What choosing the epoch by test AUROC would add, a row a method, the largest mean first.
 
     Of runs whose test AUROC was watched after every one of several epochs. Columns: method, runs, problems, epochs (the
-    most), mean and largest of `oracle_auroc - auroc`, and the share of the runs whose last epoch was the best.
+    most), mean and largest of `oracle_auroc - auroc`, the share of the runs whose last epoch was the best, and the mean
+    on each data set by its name.
     """
     import pandas as pd
 
@@ -127,9 +128,23 @@ def best_epochs(frame: pd.DataFrame) -> pd.DataFrame:
     for name, runs in watched.groupby("name"):
         gain = runs["gain"]
         numbers = len(runs), len(runs[PROBLEM].drop_duplicates()), int(runs["epochs"].max())
-        rows.append((name, *numbers, gain.mean(), gain.max(), (gain <= 1e-12).mean()))
-    columns = ["method", "runs", "problems", "epochs", "mean", "largest", "last_is_best"]
+        on = {str(dataset): float(mean) for dataset, mean in gain.groupby(runs["dataset"]).mean().items()}
+        rows.append((name, *numbers, gain.mean(), gain.max(), (gain <= 1e-12).mean(), on))
+    columns = ["method", "runs", "problems", "epochs", "mean", "largest", "last_is_best", "datasets"]
     return pd.DataFrame(rows, columns=columns).sort_values("mean", ascending=False, kind="stable", ignore_index=True)
+
+
+def unwatched(frame: pd.DataFrame) -> list[str]:
+    """The methods with epochs of which no run has an `oracle_auroc`, by their plain names.
+
+    Where a page watches every run, these are the methods that have scores only when the fit has ended.
+    """
+    import pandas as pd
+
+    trained = frame[frame["epochs"] > 0]
+    names = pd.Series([method_of(run.method, run.dataset) for run in trained.itertuples()], trained.index, dtype=object)
+    watched = trained["oracle_auroc"].notna().groupby(names).any()
+    return [str(name) for name, found in watched.items() if not found]
 
 
 def markdown(shown: Ranking) -> list[str]:

@@ -1,4 +1,4 @@
-"""Write docs/ranking.md and its figure from the committed results: ranks over problems, and what the best epoch adds.
+"""Write docs/ranking.md and its figures from the committed results: ranks over problems, and what the best epoch adds.
 
 python docs/ranking.py
 """
@@ -12,6 +12,7 @@ from anomaly_lab import figures, ranking, results
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs/ranking.md"
 FIGURE = ROOT / "docs/ranking.png"
+DRAWN = {("mnist", "official"): ROOT / "docs/ranking_mnist.png"}  # other protocols with a figure: many methods
 FEWEST = 6  # problems of a protocol below which its ranking says nothing that its table does not
 
 HEAD = """\
@@ -39,25 +40,33 @@ OWED = """
 
 Published code often reports the epoch with the best test AUROC. Here nothing is chosen so: `oracle_auroc` was recorded
 beside `auroc` after every epoch, in the runs of all pages that watch it. The difference is what a method's figure would
-owe to the test labels from that choice alone; [another page](test_labels.md) has the other ingredients. Runs whose page
-changes a setting of the method are left out, and so are methods whose epochs train nothing.
+owe to the test labels from that choice alone; [another page](practice.md) has what each method's published practice
+decides by them. Left out are runs whose page changes a setting of the method, methods that train nothing, and those
+that have scores only when the fit has ended, so that no epoch can be chosen: {late}.
 """
 
 
-def page() -> tuple[str, ranking.Ranking]:
-    """The whole page, and the ranking of its figure."""
+def page() -> tuple[str, dict[Path, tuple[str, ranking.Ranking]]]:
+    """The whole page, and the title and the ranking of each of its figures."""
     pages = results.read_pages(ROOT / "experiments")
     every, frame = ranking.ranking(pages["everything"]), results.union(pages)
-    out = [HEAD, EVERYTHING, *ranking.markdown(every), "![Mean ranks of every method](ranking.png)", ""]
+    drawn = {FIGURE: ("Every method at its small size", every)}
+    out = [HEAD, EVERYTHING, *ranking.markdown(every), f"![Mean ranks of every method]({FIGURE.name})", ""]
     whole = frame[frame["changed"] == frame["problem"]]
     for (dataset, split, problem), runs in whole.groupby(["dataset", "split", "problem"]):
         if runs["normal_class"].nunique() >= FEWEST and not problem:
-            out += [f"## {dataset}, {split}", "", *ranking.markdown(ranking.ranking(runs))]
-    out += [OWED, *ranking.best_epochs_markdown(whole)]
-    return "\n".join(out).rstrip() + "\n", every
+            shown = ranking.ranking(runs)
+            out += [f"## {dataset}, {split}", "", *ranking.markdown(shown)]
+            if figure := DRAWN.get((dataset, split)):
+                drawn[figure] = f"{dataset}, {split}", shown
+                out += [f"![Mean ranks on {dataset}, {split}]({figure.name})", ""]
+    late = ", ".join(f"`{name}`" for name in ranking.unwatched(pages["everything"]))
+    out += [OWED.format(late=late), *ranking.best_epochs_markdown(whole)]
+    return "\n".join(out).rstrip() + "\n", drawn
 
 
 if __name__ == "__main__":
-    text, every = page()
+    text, drawn = page()
     PAGE.write_text(text, encoding="utf-8")
-    figures.save(figures.critical_difference(every, "Every method at its small size"), FIGURE)
+    for figure, (title, shown) in drawn.items():
+        figures.save(figures.critical_difference(shown, title), figure)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import pandas as pd
@@ -12,7 +14,7 @@ from finished import AE, Runs
 from programs import load
 from scipy.stats import f, rankdata
 
-from anomaly_lab import cli, figures, ranking, results
+from anomaly_lab import cli, config, figures, ranking, results
 
 ROOT = Path(__file__).parent.parent
 
@@ -135,6 +137,17 @@ def test_what_the_best_epoch_adds_is_counted_over_watched_runs_alone() -> None:
     ]
 
 
+def test_what_the_best_epoch_adds_is_told_for_each_data_set_and_who_is_never_watched() -> None:
+    runs = frame(np.array([[0.5, 0.9, 0.9], [0.7, 0.8, 0.8]]))
+    runs.loc[runs["method"] == "m0", "oracle_auroc"] = [0.6, 0.9]
+    runs.loc[runs["method"] == "m2", "epochs"] = 0
+    other = runs[runs["method"] == "m0"].assign(dataset="cifar10", method="m0_cifar10", oracle_auroc=[0.5, 0.7])
+    runs = pd.concat([runs, other], ignore_index=True)
+    (row,) = ranking.best_epochs(runs).itertuples()
+    assert row.datasets == pytest.approx({"mnist": 0.15, "cifar10": 0.0})
+    assert ranking.unwatched(runs) == ["m1"], "m2 trains nothing"
+
+
 def test_the_command_ranks_runs(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     for c in range(3):
         for number, model in enumerate([AE, "ede_small", "ganomaly_small"]):
@@ -150,4 +163,46 @@ def test_the_command_ranks_runs(runs: Runs, capsys: pytest.CaptureFixture[str]) 
 def test_the_committed_page_is_what_its_generator_writes() -> None:
     module = load("ranking")
     assert module.PAGE.read_text(encoding="utf-8") == module.page()[0], "run python docs/ranking.py"
+    text, drawn = module.page()
+    assert all(path.is_file() and f"]({path.name})" in text for path in drawn) and len(drawn) == 2
     assert len(results.read_csv(ROOT / "experiments/everything/results.csv"))
+
+
+@pytest.fixture(scope="module")
+def practice() -> ModuleType:
+    return load("practice")
+
+
+def test_the_page_of_published_practice_is_what_its_generator_writes(practice: ModuleType) -> None:
+    written = practice.PAGE.read_text(encoding="utf-8")
+    assert practice.page() == written, "run python docs/practice.py"
+    sections = load("ranking").page()[0]
+    assert f"\n## {practice.BEST_EPOCH}\n" in sections, "the heading that the page links to"
+    for page in ("README.md", "docs/test_labels.md", "docs/ranking.md", "site/mkdocs.yml"):
+        assert "practice.md" in (ROOT / page).read_text(encoding="utf-8"), page
+
+
+def test_every_method_of_a_publication_has_a_row_on_that_page(practice: ModuleType) -> None:
+    """But floors, ceilings, what is ours, and a method whose very input is known anomalies."""
+    rows = {name for one in practice.PRACTICE for name in (one.method, *one.rows)}
+    assert {one.kind for one in practice.PRACTICE} == set(practice.SECTIONS)
+    names = {path.stem for path in (config.CONFIG_DIR / "model").glob("*.yaml")}
+    plain = {name for name in names if not re.search(r"_(cifar10|coil100|fashion|squeezenet|pixel_l1)$", name)}
+    ours = {"scatter_subspace", "transform_knn", "rotation_contrast", "fused", "supervised_ceiling", "deep_sad"}
+    without_choices = {"mean_image", "pca", "knn", "lof", "gmm", "pretrained_knn", "patchcore"}
+    ablations = {"autoencoder", "denoising_ae", "ede", "shared_ae_no_adversary", "shared_ae_printed"}
+    assert plain - rows == ours | without_choices | ablations
+
+
+def test_what_a_choice_adds_is_counted_from_runs(practice: ModuleType) -> None:
+    one = practice.Practice("m0", "labels", "", "", grid=("gamma",))
+    runs = frame(np.array([[0.5, 0.9], [0.7, 0.8]])).assign(oracle_sorted_auroc=math.nan)
+    assert practice.best_epoch(one, runs) == "cannot be measured: scored only after the fit"
+    assert practice.best_epoch(one, runs.assign(epochs=0)) == "has no epochs"
+    assert practice.best_epoch(one, runs[runs["method"] == "m1"]) == "not run here"
+    watched = runs.assign(oracle_auroc=runs["auroc"] + 0.1, oracle_sorted_auroc=runs["auroc"] + 0.2)
+    assert practice.best_epoch(one, watched) == "`m0` **+0.100**, at most +0.100 (2 runs, 5 epochs)"
+    assert practice.sorted_batches(one, watched) == "sorted batches: `m0` **+0.200** (2 runs)"
+    settings = ["model.detector.gamma=1", "model.detector.gamma=1 model.detector.nu=0.1"]
+    tried = pd.concat([runs, *(runs.assign(auroc=0.6 + n / 10, changed=text) for n, text in enumerate(settings))])
+    assert practice.grid(one, tried).startswith("a grid of 2 settings of gamma: **+0.050** (0.600 by the rule; 4 runs")
