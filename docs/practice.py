@@ -171,6 +171,12 @@ PRACTICE = (
         "Chen et al. 2020",
     ),
     Practice(
+        "dagpr_reconstruction",
+        "open",
+        "Its abstract is all that was read; no code was found.",
+        "Fan et al. 2020",
+    ),
+    Practice(
         "bigan",
         "open",
         "Two scores are published, by features and by the discriminator's cross entropy, and not which one to take.",
