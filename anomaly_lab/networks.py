@@ -251,8 +251,7 @@ class _Cut(NamedTuple):
     """The part of a torchvision network that is used."""
 
     network: str  # torchvision's name
-    weights: str  # torchvision's enum of published weights
-    layers: int  # of its ``.features``
+    layers: int | str  # how many of its ``.features``, or the name of the last
     channels: int  # K
     smallest: int  # image size that leaves one position, a power of two
 
@@ -262,9 +261,9 @@ class _Cut(NamedTuple):
 # of 32 pixels leave 4×4 and 3×3 positions; one pooling further, SqueezeNet would leave a single one. VGG19 up to
 # relu3_2 is the choice of the deep perceptual autoencoder (ADDPA) for such images.
 _CUTS = {
-    "vgg19": _Cut("vgg19", "VGG19_Weights", 23, 512, 8),
-    "vgg19_relu3_2": _Cut("vgg19", "VGG19_Weights", 14, 256, 4),
-    "squeezenet1_0": _Cut("squeezenet1_0", "SqueezeNet1_0_Weights", 9, 384, 16),
+    "vgg19": _Cut("vgg19", 23, 512, 8),
+    "vgg19_relu3_2": _Cut("vgg19", 14, 256, 4),
+    "squeezenet1_0": _Cut("squeezenet1_0", 9, 384, 16),
 }
 
 Weights = Literal["torchvision", "file", "random"]
@@ -276,7 +275,8 @@ class PerceptualFeatures(nn.Module):
     Grey images are repeated to three channels; [-1, 1] is mapped to ImageNet's mean and standard deviation.
 
     Args:
-        architecture: ``vgg19`` up to relu4_2, ``vgg19_relu3_2``, or ``squeezenet1_0`` up to fire6.
+        architecture: ``vgg19`` up to relu4_2, ``vgg19_relu3_2``, ``squeezenet1_0`` up to fire6; or NETWORK.LAYER, any
+            layer of a torchvision network that leaves channels and positions, such as ``resnet18.layer3``.
         weights: ``torchvision``: its published ones, from ``TORCH_HOME`` or fetched to there. ``file``: a state dict of
             the architecture at ``path``, with or without the classifier. ``random``: drawn from torch's global
             generator (He et al. 2015), the baseline without pretraining.
@@ -303,31 +303,22 @@ class PerceptualFeatures(nn.Module):
         statistics: Mapping[str, str | None] | None = None,
     ) -> None:
         super().__init__()
-        for name, value, valid in (
-            ("architecture", architecture, tuple(_CUTS)),
-            ("weights", weights, get_args(Weights)),
-        ):
-            if value not in valid:
-                raise ValueError(f"{_OPTION}.{name}={value}: choose one of {', '.join(valid)}")
+        if weights not in get_args(Weights):
+            raise ValueError(f"{_OPTION}.weights={weights}: choose one of {', '.join(get_args(Weights))}")
         if weights != "file" and (path is not None or sha256 is not None):
             raise ValueError(
                 f"{_OPTION}.path and .sha256 name a file, which weights={weights} does not read: "
                 f"set {_OPTION}.weights=file, or both to null"
             )
-        from torchvision import models  # a second: not for methods without pretrained features
-
-        cut = _CUTS[architecture]
-        self.architecture, self.weights, self.channels = architecture, weights, cut.channels
+        self.cut, self.layers = _cut(architecture)
+        self.architecture, self.weights, self.channels = architecture, weights, self.cut.channels
         self._statistics = dict(statistics or {})
-        with torch.device("meta"):  # no memory for the classifier, the larger part
-            layers = getattr(models, cut.network)().features[: cut.layers]
-        self.layers: nn.Sequential = layers.to_empty(device="cpu")
         if weights == "random":
             _init_he(self.layers)
         else:
             own = weights == "file"
-            file = _verified(path, sha256, _OPTION) if own else _torchvision_file(architecture, published_url(cut))
-            _load_features(self.layers, file)
+            file = _verified(path, sha256, _OPTION) if own else _torchvision_file(architecture, published_url(self.cut))
+            _load_features(self.layers, file, "features." if isinstance(self.cut.layers, int) else "")
         freeze(self.layers.to(memory_format=torch.channels_last))  # faster on a CPU
         digest = hashlib.sha256()
         for _, buffer in sorted(self.layers.named_buffers()):
@@ -340,7 +331,7 @@ class PerceptualFeatures(nn.Module):
     @property
     def smallest(self) -> int:
         """The smallest image size, in pixels, that leaves at least one position."""
-        return _CUTS[self.architecture].smallest
+        return self.cut.smallest
 
     def refuse(self, image_shape: Sequence[int]) -> None:
         """Raise ValueError if images (C,S,S) have other channels or are too small."""
@@ -358,12 +349,12 @@ class PerceptualFeatures(nn.Module):
         """Identifies the features: equal sources give equal numbers."""
         return {
             "architecture": self.architecture,
-            "layer": f"features[:{_CUTS[self.architecture].layers}]",
+            "layer": f"features[:{layers}]" if isinstance(layers := self.cut.layers, int) else layers,
             "checksum": self.checksum,
         }
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B,1,S,S) or (B,3,S,S) in [-1, 1] -> (B,K,s,s), s = S / 8 or a little less."""
+        """(B,1,S,S) or (B,3,S,S) in [-1, 1] -> (B,K,s,s), s = S / 8 or a little less for the networks with a name."""
         features: Tensor = self.layers((x.expand(-1, 3, -1, -1) - self.shift) / self.scale)
         return features
 
@@ -422,6 +413,63 @@ def save_statistics(file: IO[bytes], features: PerceptualFeatures, mean: Tensor,
     np.savez(file, mean=mean.cpu().numpy(), std=std.cpu().numpy(), provenance=np.array(provenance))
 
 
+class _Layer(nn.Module):
+    """A torchvision network up to a layer that has a name: (B,3,S,S) -> (B,K,s,s)."""
+
+    def __init__(self, network: nn.Module, layer: str) -> None:
+        super().__init__()
+        from torchvision.models.feature_extraction import create_feature_extractor
+
+        self.network = create_feature_extractor(network, {layer: "features"})
+        self.train()
+
+    def train(self, mode: bool = True) -> _Layer:
+        """Never in training mode, whatever the detector is: batch norm has ImageNet's statistics."""
+        return super().train(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        features: Tensor = self.network(x)["features"]
+        return features
+
+
+def _cut(architecture: str) -> tuple[_Cut, nn.Module]:
+    """Where a network ends, and its layers up to there, with no weights yet or any.
+
+    Raises:
+        ValueError: no such network or layer, or none that leaves channels and positions.
+    """
+    from torchvision import models  # a second: not for methods without pretrained features
+
+    if cut := _CUTS.get(architecture):
+        with torch.device("meta"):  # no memory for the classifier, the larger part
+            layers = getattr(models, cut.network)().features[: cut.layers]
+        return cut, layers.to_empty(device="cpu")
+    network, _, layer = architecture.partition(".")
+    if not layer or network not in models.list_models(module=models):
+        raise ValueError(
+            f"{_OPTION}.architecture={architecture}: choose one of {', '.join(_CUTS)}, or a layer of a torchvision "
+            "network, such as resnet18.layer3"
+        )
+    try:
+        found = _Layer(models.get_model(network, weights=None), layer)
+    except ValueError as error:
+        raise ValueError(
+            f"{_OPTION}.architecture={architecture}: {network} has no layer {layer}, or none that can be traced; "
+            "torchvision.models.feature_extraction.get_graph_node_names names them"
+        ) from error
+    for size in (2**power for power in range(2, 10)):
+        try:
+            shape = found(torch.zeros(1, 3, size, size)).shape
+        except (RuntimeError, AssertionError):  # too small for this network, or for one of a fixed size not that size
+            continue
+        if len(shape) == 4 and shape[2] == shape[3] > 0:
+            return _Cut(network, layer, shape[1], size), found
+    raise ValueError(
+        f"{_OPTION}.architecture={architecture}: that layer leaves no channels and positions of a square image "
+        "of up to 512 pixels: choose a convolution, or a block of them"
+    )
+
+
 def _init_he(network: nn.Module) -> None:
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
@@ -434,7 +482,7 @@ def published_url(cut: _Cut) -> str:
     """Where torchvision publishes the weights of a network."""
     from torchvision import models
 
-    url: str = getattr(models, cut.weights).IMAGENET1K_V1.url
+    url: str = models.get_model_weights(cut.network)["IMAGENET1K_V1"].url
     return url
 
 
@@ -475,14 +523,16 @@ def _verified(path: str | Path | None, sha256: str | None, option: str) -> Path:
     return file
 
 
-def _load_features(layers: nn.Sequential, file: Path) -> None:
+def _load_features(layers: nn.Module, file: Path, prefix: str) -> None:
+    """Give layers the weights in a file, where their names begin with ``prefix``."""
+    layers = layers.network if isinstance(layers, _Layer) else layers
     try:
         refuse_bomb(file, most=1)
         state = torch.load(file, map_location="cpu", weights_only=True)
-        layers.load_state_dict({name: state[f"features.{name}"] for name in layers.state_dict()})
+        layers.load_state_dict({name: state[f"{prefix}{name}"] for name in layers.state_dict()})
     # torch raises RuntimeError, UnpicklingError, EOFError, KeyError or TypeError, depending on the file.
     except Exception as error:
         raise ValueError(
             f"{file} is no state dict of that architecture ({type(error).__name__}: {shortened(error)}): give "
-            "torchvision's own names, features.0.weight and so on"
+            f"torchvision's own names, {next(prefix + name for name in layers.state_dict())} and so on"
         ) from error

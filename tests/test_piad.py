@@ -20,6 +20,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from test_methods import detector as any_detector
 from test_run import Stop
 from torch import Tensor, nn
 from torchvision import models
@@ -410,6 +411,44 @@ def test_vgg19_is_cut_after_relu4_2() -> None:
     assert kinds.count("Conv2d") == 10 and kinds.count("MaxPool2d") == 3 and kinds[-1] == "ReLU"
     assert features.layers[21].weight.shape == (512, 512, 3, 3)
     assert features(images(2).float()).shape == (2, 512, 4, 4)
+
+
+def test_any_layer_of_a_torchvision_network_gives_features(tmp_path: Path) -> None:
+    from torchvision import models
+
+    torch.manual_seed(0)
+    whole = models.resnet18().eval()
+    for name, buffer in whole.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_()
+    file = tmp_path / "resnet18.pth"
+    torch.save(whole.state_dict(), file)
+    sha256 = hashlib.sha256(file.read_bytes()).hexdigest()
+    features = PerceptualFeatures("resnet18.layer2", weights="file", path=str(file), sha256=sha256)
+    assert (features.channels, features.source["layer"]) == (128, "layer2") and not list(features.parameters())
+    x = images(2).float()
+    seen = normalize((x + 1).expand(-1, 3, -1, -1) / 2, [0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    stem = whole.maxpool(whole.relu(whole.bn1(whole.conv1(seen))))
+    torch.testing.assert_close(features.train()(x), whole.layer2(whole.layer1(stem)), rtol=1e-4, atol=1e-4)
+    made = any_detector(
+        "patchcore",
+        *("model.detector.features.architecture=resnet18.layer2", "model.detector.features.weights=file"),
+        *(f"model.detector.features.path={file}", f"model.detector.features.sha256={sha256}"),
+    )
+    assert made.train().score(x).shape == (2,) and not made.features.layers.training
+
+
+@pytest.mark.parametrize(
+    ("architecture", "said"),
+    [
+        ("resnet18", "choose one of vgg19, .* such as resnet18.layer3"),
+        ("resnet18.layer9", "resnet18 has no layer layer9"),
+        ("resnet18.fc", "leaves no channels and positions"),
+    ],
+)
+def test_a_layer_that_gives_no_features_is_refused(architecture: str, said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        PerceptualFeatures(architecture, weights="random")
 
 
 def test_a_state_dict_without_the_classifier_will_do(weights_file: tuple[Path, str], tmp_path: Path) -> None:
