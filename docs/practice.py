@@ -248,7 +248,7 @@ def page() -> str:
     out = [HEAD.format(anchor=BEST_EPOCH.lower().replace(" ", "-"))]
     for kind, (heading, why) in SECTIONS.items():
         rows = [line(one, whole, pages["published_rules"]) for one in PRACTICE if one.kind == kind]
-        header = ["method", "what is decided, and how", "the best epoch adds here", "another choice", "read in"]
+        header = ["method", "what is decided, and how", "the best epoch adds here", "another choice"]
         rows = [header, ["---"] * len(header), *rows]
         out += [heading, "", why, "", *(f"| {' | '.join(row)} |" for row in rows), ""]
     late = ", ".join(f"`{name}`" for name in ranking.unwatched(pages["everything"]))
@@ -259,7 +259,7 @@ def page() -> str:
 def line(one: Practice, whole: pd.DataFrame, rules: pd.DataFrame) -> list[str]:
     """A method's row, of `page`."""
     others = [text for text in (grid(one, rules), sorted_batches(one, whole), one.other) if text]
-    return [f"`{one.method}`", one.decides, best_epoch(one, whole), "; ".join(others), one.source]
+    return [f"`{one.method}`", f"{one.decides} *{one.source}*", best_epoch(one, whole), "; ".join(others)]
 
 
 def best_epoch(one: Practice, whole: pd.DataFrame) -> str:
