@@ -310,7 +310,7 @@ class PerceptualFeatures(nn.Module):
                 f"{_OPTION}.path and .sha256 name a file, which weights={weights} does not read: "
                 f"set {_OPTION}.weights=file, or both to null"
             )
-        self.cut, self.layers = _cut(architecture)
+        self.cut, self.layers = _cut(architecture, drawn=weights == "random")
         self.architecture, self.weights, self.channels = architecture, weights, self.cut.channels
         self._statistics = dict(statistics or {})
         if weights == "random":
@@ -432,8 +432,8 @@ class _Layer(nn.Module):
         return features
 
 
-def _cut(architecture: str) -> tuple[_Cut, nn.Module]:
-    """Where a network ends, and its layers up to there, with no weights yet or any.
+def _cut(architecture: str, *, drawn: bool) -> tuple[_Cut, nn.Module]:
+    """Where a network ends, and its layers up to there, without weights; ``drawn``: with torchvision's initial ones.
 
     Raises:
         ValueError: no such network or layer, or none that leaves channels and positions.
@@ -451,7 +451,8 @@ def _cut(architecture: str) -> tuple[_Cut, nn.Module]:
             "network, such as resnet18.layer3"
         )
     try:
-        found = _Layer(models.get_model(network, weights=None), layer)
+        with torch.device("cpu" if drawn else "meta"):  # as above
+            found = _Layer(models.get_model(network, weights=None), layer)
     except ValueError as error:
         raise ValueError(
             f"{_OPTION}.architecture={architecture}: {network} has no layer {layer}, or none that can be traced; "
@@ -459,11 +460,11 @@ def _cut(architecture: str) -> tuple[_Cut, nn.Module]:
         ) from error
     for size in (2**power for power in range(2, 10)):
         try:
-            shape = found(torch.zeros(1, 3, size, size)).shape
+            shape = found(torch.zeros(1, 3, size, size, device="cpu" if drawn else "meta")).shape
         except (RuntimeError, AssertionError):  # too small for this network, or for one of a fixed size not that size
             continue
         if len(shape) == 4 and shape[2] == shape[3] > 0:
-            return _Cut(network, layer, shape[1], size), found
+            return _Cut(network, layer, shape[1], size), found if drawn else found.to_empty(device="cpu")
     raise ValueError(
         f"{_OPTION}.architecture={architecture}: that layer leaves no channels and positions of a square image "
         "of up to 512 pixels: choose a convolution, or a block of them"

@@ -63,6 +63,13 @@ OWN_WIDTHS = {
     "anonagn_reconstruction": (0.9, [*EIGHT, "model.budget.epochs=10"]),
     "dagpr_reconstruction": (0.95, [*EIGHT, "model.budget.epochs=10"]),
     "vae": (0.95, [*EIGHT, "model.budget.epochs=10"]),
+    "addpa_growing": (
+        0.9,
+        [
+            *("model.detector.features=null", "model.batch_size=32", "model.budget.epoch_steps=20"),
+            "model.budget.stages={at_8:2,to_16:1,at_16:1,to_32:1,at_32:1,to_64:1,at_64:2}",
+        ],
+    ),
     "addpa": (0.95, ["model.detector.features=null", "model.input.size=16", "model.budget.steps=150"]),  # no download
     "goad": (0.9, [EIGHT[0], "model.detector.shift=2", "model.budget.epochs=3", "model.budget.epoch_steps=60"]),
 }

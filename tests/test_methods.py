@@ -27,6 +27,7 @@ SHRINK: dict[str, object] = {
     "model.detector.starts": 2,
     "model.detector.flips": False,
     "model.detector.orders": 2,
+    "model.detector.layers": ["squeezenet1_0.features.0"] * 4,
     "model.detector.samples": 8,
     "model.detector.inner": 1,  # of two epochs: a run that is killed between them crosses from one round to the next
     "model.detector.warm_up": 1,  # the second epoch moves the radius
@@ -46,6 +47,8 @@ REDUCED = {
     *(f"detector.{network}_widths" for network in ("encoder", "generator", "image_critic", "latent_critic")),
     *(f"budget.stages.{stage}" for stage in ("pretrain", "detect", "retrain", "train")),
     *(f"budget.stages.{stage}" for stage in ("gan", "encoder", "plain", "mined")),
+    *(f"budget.stages.at_{side}" for side in (8, 16, 32, 64)),
+    *(f"budget.stages.to_{side}" for side in (16, 32, 64)),
     # What follows from fewer epochs.
     *(f"{key}.{rest}" for key in ("optimizer", "optimizer.autoencoder", "optimizer.svdd") for rest in ("lr",)),
     *(f"{key}.milestones" for key in ("scheduler", "scheduler.autoencoder", "scheduler.svdd")),

@@ -193,12 +193,10 @@ class GradientBalance(nn.Module):
         return w @ sizes
 
 
-class PerceptualDetector(Detector):
-    """An encoder E and a generator G whose reconstruction is judged by pretrained features f, normalised by channel.
+class RelativeL1(nn.Module):
+    """A reconstruction judged by pretrained features f, normalised by channel.
 
-        L_rec(x) = mean|f(x) - f(G(E(x)))| / mean|f(x)|          relative-perceptual-L1, the anomaly score
-
-    A subclass makes ``encoder`` and ``generator``, then calls `use_features`.
+        L_rec(x, y) = mean|f(x) - f(y)| / mean|f(x)|          relative-perceptual-L1
 
     *Where we differ from the authors' code* (github.com/ninatu/piad, adcb8fa): channel statistics of f come from the
     training images unless a file is given (theirs are of ImageNet, a file in their repository; the divisor that their
@@ -207,22 +205,25 @@ class PerceptualDetector(Detector):
     0.001, against a division by zero (f has unit spread).
     """
 
-    encoder: nn.Module
-    generator: nn.Module
     features: PerceptualFeatures | None
     feature_mean: Tensor
     feature_std: Tensor
 
-    def use_features(self, image_shape: Sequence[int], features: Callable[[], PerceptualFeatures] | None) -> None:
-        """Make f, None for the image itself: after the networks, whose initial weights must not depend on it."""
-        self.features = features() if features is not None else None
+    def use_features(self, image_shape: Sequence[int], features: PerceptualFeatures | None) -> None:
+        """Judge images (C,S,S) by f, made after the networks, whose initial weights must not depend on it.
+
+        Args:
+            features: f; None for the image itself.
+        """
+        self.features = features
         if self.features is not None:
             self.features.refuse(image_shape)
         count = image_shape[0] if self.features is None else self.features.channels  # K
         self.register_buffer("feature_mean", torch.zeros(count, 1, 1))
         self.register_buffer("feature_std", torch.ones(count, 1, 1))
 
-    def before_fit(self, images: Tensor) -> None:
+    def fit_features(self, images: Tensor) -> None:
+        """Find the channel statistics, in training images (N,C,S,S) where no file has them."""
         statistics = None if self.features is None else self.features.given_statistics()
         mean, std = statistics or channel_statistics(self._plain_features(x) for x in images.split(256))
         self.feature_mean.copy_(mean.view(-1, 1, 1))
@@ -243,6 +244,19 @@ class PerceptualDetector(Detector):
 
     def _normalised_features(self, x: Tensor) -> Tensor:
         return (self._plain_features(x) - self.feature_mean) / self.feature_std
+
+
+class PerceptualDetector(RelativeL1, Detector):
+    """An encoder E and a generator G whose anomaly score is the `RelativeL1` of x and G(E(x)).
+
+    A subclass makes ``encoder`` and ``generator``, then calls `use_features`.
+    """
+
+    encoder: nn.Module
+    generator: nn.Module
+
+    def before_fit(self, images: Tensor) -> None:
+        self.fit_features(images)
 
     def score(self, x: Tensor) -> Tensor:
         return self.relative_l1(x, self.reconstruct(x))
@@ -273,7 +287,7 @@ class PIAD(PerceptualDetector):
     gamma_E and gamma_G are chosen by `GradientBalance`, just before the move of every ``gamma_every``-th step.
 
     Architecture, initialisation, order and constants are those of the authors' code (github.com/ninatu/piad, adcb8fa).
-    *Where we differ:* in the features' normalisation, see `PerceptualDetector`.
+    *Where we differ:* in the features' normalisation, see `RelativeL1`.
 
     Args:
         encoder_widths, generator_widths, image_critic_widths: channels from one resolution to the next, see the
@@ -327,7 +341,7 @@ class PIAD(PerceptualDetector):
             GradientBalance(len(_weights(network)), history=gamma_history, smoothing=gamma_smoothing)
             for network in (self.encoder, self.generator)
         )
-        self.use_features(image_shape, features)
+        self.use_features(image_shape, features() if features is not None else None)
 
     def players(self) -> Mapping[str, Sequence[nn.Module]]:
         return {
