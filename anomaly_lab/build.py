@@ -8,7 +8,6 @@ import math
 import sys
 import zipfile
 from collections.abc import Mapping, Sequence
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +20,11 @@ from lightning.pytorch.plugins.io import TorchCheckpointIO
 from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
-from anomaly_lab import config, record, turns
+from anomaly_lab import config, record, turns, values
 from anomaly_lab.config import Job
 from anomaly_lab.cuda_graphs import GraphedSteps
 from anomaly_lab.data import Augment, OneClassData, Prepare
 from anomaly_lab.detector import Detector
-from anomaly_lab.errors import refuse_fewer
 from anomaly_lab.features import FeatureStore
 from anomaly_lab.files import refuse_bomb, write_atomically
 from anomaly_lab.players import Learning
@@ -48,22 +46,9 @@ def make_prepare(cfg: DictConfig) -> Prepare:
 
 
 def make_augment(cfg: DictConfig) -> Augment | None:
-    """How training images are changed.
-
-    Raises:
-        ValueError: ``model.input.augment`` has a key that there is not, or would be captured.
-    """
-    given = cfg.model.input.get("augment")
-    if given is None:
-        return None
-    if not OmegaConf.is_dict(given) or (wrong := set(map(str, given)) - {field.name for field in fields(Augment)}):
-        named = ", ".join(sorted(wrong)) if OmegaConf.is_dict(given) else given
-        raise ValueError(f"model.input.augment has no {named}: give some of shift, flip, crop and rotation, or null")
-    if cfg.trainer.cuda_graphs:
-        raise ValueError(
-            "model.input.augment: a captured step would repeat its first draws: set trainer.cuda_graphs=false"
-        )
-    return Augment(**{str(key): value for key, value in given.items()})
+    """How training images are changed; raises what `values.augmentation` does."""
+    given = values.augmentation(cfg)
+    return None if given is None else Augment(**given)
 
 
 def make_data(job: Job) -> OneClassData:
@@ -109,7 +94,7 @@ def make_detector(cfg: DictConfig, image_shape: Sequence[int], epochs: int | Non
         model.budget.epochs = epochs
     optimizer, scheduler = (instantiate(model[key], _convert_="all") for key in ("optimizer", "scheduler"))
     detector.learning = Learning(optimizer, scheduler, cfg.model.clip)
-    detector.plan(_stages(cfg))
+    detector.plan(values.stages(cfg))
     return detector
 
 
@@ -126,26 +111,11 @@ def make_networks(cfg: DictConfig, image_shape: Sequence[int]) -> Detector:
     return detector
 
 
-def _stages(cfg: DictConfig) -> dict[str, int]:
-    """Epochs of each stage of training, in order; empty for methods without stages."""
-    stages = cfg.model.budget.get("stages") or {}
-    if not isinstance(stages, Mapping):
-        raise ValueError("model.budget.stages: give each stage its epochs, such as {pretrain: 50, detect: 100}")
-    for name, epochs in stages.items():
-        refuse_fewer(0, "model.budget.stages", **{str(name): epochs})
-    return {str(name): int(epochs) for name, epochs in stages.items()}
-
-
 def epochs(cfg: DictConfig, data: OneClassData) -> int:
     """The budget in whole epochs; a budget of steps is rounded up. 0 for a method without an optimiser."""
     if cfg.model.optimizer is None:
         return 0
-    budget, stages = cfg.model.budget, _stages(cfg)
-    if (budget.epochs is not None) + (budget.steps is not None) + bool(stages) > 1:
-        each = f"; of stages, change model.budget.stages.{next(iter(stages))} and the like" if stages else ""
-        raise ValueError(f"give model.budget one of epochs, steps and stages, and null for the others{each}")
-    given = {name: budget[name] for name in ("epochs", "steps") if budget[name] is not None}
-    refuse_fewer(0, "model.budget", **given)
+    budget, stages = cfg.model.budget, values.stages(cfg)
     if stages:
         return sum(stages.values())
     return int(budget.epochs or 0) if budget.steps is None else math.ceil(budget.steps / data.steps)
@@ -159,7 +129,6 @@ def make_trainer(
 ) -> Trainer:
     """The trainer of a run, with its checkpoints, its turns and its progress bar."""
     cfg, every = job.cfg, job.cfg.trainer.checkpoint_every
-    refuse_fewer(1, "trainer", checkpoint_every=every)
     own: list[Callback] = [_LastCheckpoint(job, every), _Turns()]
     if cfg.trainer.progress:
         own.append(_Progress(title, data.steps))
@@ -171,8 +140,6 @@ def make_lightning_trainer(
 ) -> Trainer:
     """A Lightning trainer of ``cfg``: one device, no state outside of ``folder``."""
     precision = cfg.trainer.precision
-    if precision not in ("32-true", "tf32", "bf16-mixed"):
-        raise ValueError(f"trainer.precision={precision}: choose 32-true, tf32 or bf16-mixed")
     trainer = Trainer(
         accelerator=cfg.trainer.accelerator,
         devices=1,

@@ -28,8 +28,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from anomaly_lab import record
-from anomaly_lab.errors import refuse_fewer
+from anomaly_lab import record, values
 
 if TYPE_CHECKING:
     from anomaly_lab.datasets import Dataset, Images
@@ -271,6 +270,7 @@ def _identity_keys(cfg: DictConfig) -> dict[str, Any]:
 
 class _Defaults(NamedTuple):
     keys: dict[str, Any]  # those of the identity
+    sections: dict[str, tuple[str, ...]]  # keys that have keys of their own, and those
     sizes: bool  # whether the model's yaml has two sizes
     switches: tuple[str, ...]  # keys whose default is true or false
     numbers: tuple[str, ...]  # keys of the `UNCHECKED` whose default is a number
@@ -281,11 +281,12 @@ def _defaults(size: str, choices: tuple[str, ...]) -> _Defaults:
     """What the yamls of the chosen groups say at that size."""
     groups = zip(GROUPS, choices, strict=True)
     cfg = compose([f"size={size}", *(f"{group}={choice}" for group, choice in groups)])
-    sections = (flatten(OmegaConf.to_container(cfg[group], resolve=True), group) for group in GROUPS)
-    values = {key: value for section in sections for key, value in section.items()}
-    switches = tuple(key for key, value in values.items() if type(value) is bool)
-    numbers = tuple(key for key, value in values.items() if key.startswith(UNCHECKED) and type(value) in (int, float))
-    return _Defaults(_identity_keys(cfg), "${size:" in OmegaConf.to_yaml(cfg.model), switches, numbers)
+    plain = {group: OmegaConf.to_container(cfg[group], resolve=True) for group in GROUPS}
+    flat = {key: value for group in GROUPS for key, value in flatten(plain[group], group).items()}
+    parts = {key: tuple(map(str, part)) for key, part in values.sections(plain)}
+    switches = tuple(key for key, value in flat.items() if type(value) is bool)
+    numbers = tuple(key for key, value in flat.items() if key.startswith(UNCHECKED) and type(value) in (int, float))
+    return _Defaults(_identity_keys(cfg), parts, "${size:" in OmegaConf.to_yaml(cfg.model), switches, numbers)
 
 
 def _defaults_of(cfg: DictConfig) -> _Defaults:
@@ -567,25 +568,11 @@ def refuse_impossible(cfg: DictConfig) -> dict[str, Any]:
     """Of any run, whatever its data; every key of ``cfg`` that can change a result.
 
     Raises:
-        ValueError: a seed that is no whole number, a size that is none, a number that is none or not finite, a switch
-            that is neither true nor false (``no`` and ``off`` are texts, which Python takes for true).
+        ValueError: see `values.refuse`; or a number that is not finite.
     """
-    if type(cfg.seed) is not int or cfg.seed < 0:
-        raise ValueError(f"seed={cfg.seed}: give a whole number from 0")
     _size(cfg)
     default = _defaults_of(cfg)
-    for keys_of, kinds, give in (
-        (default.switches, (bool,), "true or false"),
-        (default.numbers, (int, float), "a number"),
-    ):
-        for key in keys_of:
-            value = OmegaConf.select(cfg, key)
-            if value is not None and type(value) not in kinds:  # None: the key's section is another, or gone
-                raise ValueError(f"{key}={value}: give {give}")
-    if not 0 < cfg.trainer.threshold_quantile < 1:
-        raise ValueError(f"trainer.threshold_quantile={cfg.trainer.threshold_quantile}: give a number between 0 and 1")
-    counts = {name: cfg.trainer[name] for name in ("threads", "score_batch_size") if cfg.trainer[name] is not None}
-    refuse_fewer(1, "trainer", **counts)
+    values.refuse(cfg, default.sections, default.switches, default.numbers)
     keys = _identity_keys(cfg)
     for key, value in keys.items():
         if isinstance(value, float) and not math.isfinite(value):
@@ -597,9 +584,11 @@ def job(cfg: DictConfig) -> Job:
     """The run that ``cfg`` describes.
 
     Raises:
-        ValueError: see `target` and `reduced`; or a seed that is no whole number.
+        ValueError: see `refuse_impossible`, `target`, `reduced` and `semi_supervised`.
     """
     keys = refuse_impossible(cfg)
+    if cfg.split.known.rate:  # else not even the method's class is imported
+        semi_supervised(cfg)
     own_changes = changed(cfg, keys)
     lost = [key for key in own_changes if key.startswith("model.") and key != "model.members"]
     if cfg.model.members and lost:

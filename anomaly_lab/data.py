@@ -133,13 +133,6 @@ class Augment:
     crop: float = 1
     rotation: float = 0
 
-    def __post_init__(self) -> None:
-        if self.shift < 0 or self.rotation < 0 or not 0 < self.crop <= 1 or type(self.flip) is not bool:
-            raise ValueError(
-                "model.input.augment: give shift (pixels) and rotation (degrees) from 0, crop above 0 up to 1, "
-                "flip true or false"
-            )
-
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """x (B,C,S,S), on any device; ``generator`` of the CPU, so that every device sees the same maps."""
         drawn = torch.rand((7, len(x)), generator=generator) * 2 - 1  # from -1 to 1
@@ -330,10 +323,10 @@ class OneClassData(LightningDataModule):
             supervised ceiling: a one-class method never sees either.
         known: train on the known anomalies too (`Partition.with_known`), marked in every batch: for methods that are
             `SEMI_SUPERVISED`, and for no other.
-        augment: of training batches; None: they show the images as they are.
+        augment: of training batches of images, not of fixed features; None: they show the images as they are.
 
     Raises:
-        ValueError: ``labels`` under a protocol that tests on all anomalies; ``augment`` of fixed features.
+        ValueError: ``labels`` under a protocol that tests on all anomalies.
     """
 
     def __init__(
@@ -367,8 +360,6 @@ class OneClassData(LightningDataModule):
                 f"model.batch_size={batch_size} has each of the {len(self.partition.train)} training images "
                 f"{batch_size // len(self.partition.train)} times: lower it"
             )
-        if augment is not None and prepare.features is not None:
-            raise ValueError("model.input.augment: fixed features are computed once for each image: set one to null")
         self._labels, self._known, self._augment = labels, known, augment
         self.batch_size, self._epoch_steps, self._score_batch_size = (
             batch_size,

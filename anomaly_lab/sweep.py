@@ -447,8 +447,6 @@ def dry_run(overrides: Sequence[str]) -> int:
                 tried[key] = str(error)
         if tried[key]:
             raise ValueError(tried[key])
-        if run.split.known.rate:
-            config.semi_supervised(run.cfg)
         if (line := config.caution(run)) is not None:
             cautions.add(line)
 

@@ -35,6 +35,16 @@ EXPERIMENTS = sorted(path.stem for path in (config.CONFIG_DIR / "experiment").gl
         ("trainer.feature_cache_gb=abc", "feature_cache_gb=abc: give a number"),
         ("model.input.size=abc", "model.input.size=abc: give a number"),
         ("model.input.size=true", "model.input.size=True: give a number"),
+        ("trainer.precision=16", "trainer.precision=16: choose 32-true, tf32 or bf16-mixed"),
+        ("trainer.checkpoint_every=0", "trainer.checkpoint_every=0: give a whole number from 1"),
+        ("model.batch_size=0", "model.batch_size=0: give a whole number from 2"),
+        ("model.budget.epoch_steps=0", "epoch_steps=0: give a whole number from 1"),
+        ("model.optimizer=adam", r"model.optimizer=adam: give a factory \(model.optimizer._target_, and"),
+        ("split.contamination=0.1", "=0.1: it has keys of its own, write split.contamination.rate=0.1$"),
+        ("split.known=null", "split.known=null: it has keys of its own, write split.known.rate=...$"),
+        ("model.input=64", "model.input=64: it has keys of its own, write model.input.size=64$"),
+        ("model.budget=5", "model.budget=5: it has keys of its own, write model.budget.epochs=5$"),
+        ("model.input.augment={shift:2}", "ocsvm takes no training steps"),
     ],
 )
 def test_a_text_is_no_switch_and_no_number(word: str, said: str) -> None:
@@ -72,7 +82,7 @@ def test_a_plain_run_has_nothing_changed_and_a_plain_folder() -> None:
     ],
 )
 def test_what_can_change_a_result_makes_another_run(override: str) -> None:
-    cfg = config.compose(["model=shared_ae", override])
+    cfg = config.compose(["model=deep_sad" if "known" in override else "model=shared_ae", override])
     assert all(key.startswith(override.split("=")[0]) for key in config.changed(cfg))
     assert config.changed(cfg)
     assert re.fullmatch(r"s0-[0-9a-f]{8}", config.job(cfg).out.name)
@@ -246,7 +256,7 @@ ALLOWED = {
     "archive": {"files", "record", "results"},
     "batches": set(),
     "cuda_graphs": set(),
-    "config": {"errors", "record"},
+    "config": {"record", "values"},
     "files": set(),
     "errors": {"files"},
     "datasets": {"errors", "files", "pictures"},
@@ -274,6 +284,7 @@ ALLOWED = {
         "randomness",
         "record",
         "turns",
+        "values",
     },
     "advice": {"config"},
     "grids": {"advice", "config", "errors"},
@@ -310,6 +321,7 @@ ALLOWED = {
     "ranking": {"files", "report", "results", "tables"},
     "testing": {"batches", "build", "config", "data", "detector", "errors", "players", "switches"},
     "trust": {"detector"},
+    "values": {"errors"},
     "tracking": {"config", "errors", "files"},
     "run": {
         "build",
@@ -341,6 +353,7 @@ TORCHLESS = {
     "__init__",
 } | {
     *("results", "tables", "report", "status", "slurm", "sweep", "grids", "advice", "errors", "record", "pictures"),
+    "values",
 }
 # Imports inside functions: what takes seconds or is an extra comes with the first use, so that --help, a dry run and a
 # status report stay quick; and what looks at configurations only where there are any.
