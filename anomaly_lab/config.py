@@ -397,7 +397,8 @@ def reader(section: DictConfig) -> Dataset:
 
 @functools.lru_cache(maxsize=4)
 def _images(dataset: str) -> Images:
-    return reader(OmegaConf.create(json.loads(dataset))).load()
+    # Below its own name, by which an error tells where a value is missing.
+    return reader(OmegaConf.create({"dataset": json.loads(dataset)}).dataset).load()
 
 
 @functools.lru_cache(maxsize=2)
@@ -430,7 +431,6 @@ def load_images(cfg: DictConfig) -> Images:
 
 @functools.lru_cache(maxsize=16)
 def _protocol(split: str) -> Split:
-    # Below its own name, by which an error tells where a value is missing.
     return instantiate(OmegaConf.create({"split": json.loads(split)}).split, _convert_="all")
 
 

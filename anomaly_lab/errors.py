@@ -111,7 +111,8 @@ def explained(error: Exception) -> str | None:
         named = text.split("'")[1]
         return f"{named} asks for several runs: add -m"
     if isinstance(error, HydraException) and isinstance(cause, OmegaConfBaseException):
-        return f"{cause.full_key} cannot be set ({flat(str(cause))}): anomaly-lab --cfg job shows the keys there are"
+        why = "there is no such key" if "not in struct" in str(cause) else flat(str(cause))
+        return f"{cause.full_key} cannot be set ({why}): anomaly-lab --cfg job shows the keys there are"
     mistake = isinstance(error, HydraException | OmegaConfBaseException | ValueError | OSError)
     return text if mistake else None
 
@@ -131,7 +132,8 @@ def _quoted(override: str) -> str:
     except HydraException:  # of signs that no quotes help with, not its OverrideParseException
         return ""
     also = ", or give the index of the class" if key.endswith(("_class", "classes")) else ""
-    return f"quote the value and the whole, {shlex.quote(written)}{also}" if equals and value else ""
+    whole = shlex.quote(written) if re.search(r'["$`\\!]', written) else f'"{written}"'  # the shell's own signs
+    return f"quote the value and the whole, {whole}{also}" if equals and value else ""
 
 
 def flat(text: str) -> str:

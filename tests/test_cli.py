@@ -14,8 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import Command, Said
+from hydra.errors import HydraException
 
 from anomaly_lab import cli, config, grids, record, sweep
+from anomaly_lab.advice import NEIGHBOURS, advice
 
 TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 trainer.progress=false"
 
@@ -57,7 +59,28 @@ TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 
         ("rate=0.1", "rate cannot be set: write split.known.rate=0.1 (or split.contamination.rate); "),
         ("model=ganomally", "there is no model=ganomally: write model=ganomaly"),
         ("dataset=fashion-mnist", "there is no dataset=fashion-mnist: write dataset=fashion_mnist"),
-        ("normal_class=café", """quote the value and the whole, 'normal_class='"'"'café'"'"'', or give the index"""),
+        ("contamination=0.1", "contamination cannot be set: write split.contamination.rate=0.1; "),
+        ("known=0.1", "known cannot be set: write split.known.rate=0.1; "),
+        ("optimizer=adam", "optimizer cannot be set: write model.optimizer.lr=...; "),
+        ("data=mnist", "data cannot be set: write dataset=mnist; "),
+        ("class=3", "class cannot be set: write normal_class=3; "),
+        ("dataset.category=3", "dataset.category cannot be set: write normal_class=3; "),
+        ("learning_rate=1e-3", "learning_rate cannot be set: write model.optimizer.lr=1e-3; "),
+        ("model=pca learning_rate=1e-3", "learning_rate cannot be set (there is no such key): anomaly-lab --cfg job"),
+        ("max_steps=9", "max_steps cannot be set: write model.budget.steps=9 model.budget.epochs=null; "),
+        ("device=cuda", "device cannot be set: write trainer.accelerator=cuda; "),
+        ("trainer.devices=1", "trainer.devices cannot be set: write trainer.accelerator=cuda; "),
+        ("gpus=1", "gpus cannot be set: write trainer.accelerator=cuda; "),
+        ("image_size=64", "image_size cannot be set: write model.input.size=64; "),
+        ("num_workers=2", "num_workers cannot be set: write trainer.threads=2; "),
+        ("threshold=0.9", "threshold cannot be set: write trainer.threshold_quantile=0.9; "),
+        ("anomalies=mnist", "anomalies cannot be set: write split=ood split.anomalies=mnist; "),
+        ("split=50", "split=50: split is chosen by name, split=NAME; anomaly-lab --help shows all"),
+        ("-m dataset=null seed=0,1", "dataset=null: dataset is chosen by name, dataset=NAME; "),
+        ("split.known=null", "split.known=null: it has keys of its own, write split.known.rate=..."),
+        ("split.contamination=0.1", "it has keys of its own, write split.contamination.rate=0.1"),
+        ("normal_class=café", """quote the value and the whole, "normal_class='café'", or give the index"""),
+        ("normal_class='a$é'", """quote the value and the whole, 'normal_class='"'"'a$é'"'"'', or give the index"""),
         ("'normal_class=[a b,thé]'", "or give the index of the class"),
         ("seed", "seed is no key=value"),
         ("'normal_class=range(0,3)'", "normal_class=range(0,3) asks for several runs: add -m"),
@@ -96,6 +119,23 @@ def test_a_mistake_gets_one_line(lab: Command, words: str, message: str) -> None
     assert (code, out) == (cli.MISTAKE, "")
     assert err.startswith("anomaly-lab: error: ") and err.count("\n") == 1
     assert message in err
+
+
+@pytest.mark.parametrize("word", [*NEIGHBOURS, "contamination", "budget", "rate"])
+def test_what_is_advised_is_a_key(word: str) -> None:
+    with pytest.raises(HydraException) as error:
+        config.compose([f"{word}=0.5"])
+    line = advice(error.value, [f"{word}=0.5"])
+    assert line is not None
+    [first] = re.findall(r"write (.*?)(?: \(or .*)?; anomaly-lab", line)
+    assert "0.5" in first or first == "trainer.accelerator=cuda"
+    words = first.replace("dataset=0.5", "dataset=digits").replace("anomalies=0.5", "anomalies=digits").split()
+    config.compose(words)
+
+
+def test_a_dry_run_names_a_missing_value_by_its_key(lab: Command) -> None:
+    assert "dataset.name has no value: give dataset.name=..." in lab("dataset=image_folder --dry-run").out
+    assert "dataset.path has no value: give dataset.path=..." in lab("dataset=npz dataset.name=x --dry-run").out
 
 
 def test_the_page_shows_what_the_command_answers(lab: Command) -> None:

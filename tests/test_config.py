@@ -286,7 +286,7 @@ ALLOWED = {
         "turns",
         "values",
     },
-    "advice": {"config"},
+    "advice": {"config", "values"},
     "grids": {"advice", "config", "errors"},
     "cli": {"errors", "files"},
     "extras": {"results", "tables"},
