@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+from anomaly_lab import __version__
 from anomaly_lab.errors import (
     DONE,
     FAILED,
@@ -44,6 +45,9 @@ __all__ = [
 
 DRY_RUN = "--dry-run"
 
+VERSION = f"anomaly-lab {__version__}"
+"""What every command answers to ``--version``."""
+
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -71,6 +75,10 @@ def train() -> None:
 
     ``--dry-run`` says what is done, what is to do and about how long it will take, and does nothing.
     """
+    if "--version" in sys.argv:  # Hydra's own flag says Hydra's
+        print(VERSION)
+        return
+
     from hydra import main
     from hydra._internal.utils import get_args_parser
 
@@ -119,6 +127,12 @@ def train() -> None:
         sys.exit(_mistake("anomaly-lab", line, exit_code(error)))
 
 
+def _parser(**described: Any) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(**described)
+    parser.add_argument("--version", action="version", version=VERSION)
+    return parser
+
+
 def _mistake(program: str, line: str, code: int = MISTAKE) -> int:
     print(f"{program}: error: {printable(line)}", file=sys.stderr)
     return code
@@ -127,7 +141,7 @@ def _mistake(program: str, line: str, code: int = MISTAKE) -> int:
 @_read_in_part
 def data(argv: Sequence[str] | None = None) -> int:
     """``anomaly-lab-data download|list|check``: list, download and verify the data sets' caches."""
-    parser = argparse.ArgumentParser(
+    parser = _parser(
         prog="anomaly-lab-data",
         description="Fetch, list and verify data sets. They lie in data_dir: ANOMALY_LAB_DATA, else ./data.",
         epilog="example: anomaly-lab-data download mnist cifar10; "
@@ -197,7 +211,7 @@ def _data_line(command: str, name: str, overrides: Sequence[str]) -> str:
 @_read_in_part
 def report(argv: Sequence[str] | None = None) -> int:
     """``anomaly-lab-report``: tables, figures and tests of difference from finished runs."""
-    parser = argparse.ArgumentParser(
+    parser = _parser(
         prog="anomaly-lab-report",
         description="Tables, tests of difference and figures from finished runs, "
         "as Markdown, CSV, LaTeX and one HTML page.",
@@ -320,7 +334,7 @@ def _handed_on(asked: argparse.Namespace) -> None:
 @_read_in_part
 def check_submission(argv: Sequence[str] | None = None) -> int:
     """``anomaly-lab-check-submission FILE...``: hold submissions to themselves, each other, and the scores behind."""
-    parser = argparse.ArgumentParser(
+    parser = _parser(
         prog="anomaly-lab-check-submission",
         description="Hold submissions to the protocol (one method, one partition, every class with every seed) and, "
         "with --runs or --scores, every number in them to the scores that it comes from. A guard against accident: "
@@ -357,7 +371,7 @@ def check_submission(argv: Sequence[str] | None = None) -> int:
 @_read_in_part
 def score(argv: Sequence[str] | None = None) -> int:
     """``anomaly-lab-score RUN IMAGES...``: a CSV of scores and decisions, and heat maps on request."""
-    parser = argparse.ArgumentParser(
+    parser = _parser(
         prog="anomaly-lab-score",
         description="Score image files with a finished run. Higher scores are more anomalous; the decision compares "
         "them with the threshold that the run took from held-out normal images.",
@@ -389,7 +403,7 @@ def score(argv: Sequence[str] | None = None) -> int:
 @_read_in_part
 def export(argv: Sequence[str] | None = None) -> int:
     """``anomaly-lab-export RUN --out FILE``: a finished run as an ONNX file, held to the run's scores."""
-    parser = argparse.ArgumentParser(
+    parser = _parser(
         prog="anomaly-lab-export",
         description="Write a finished run as an ONNX file: prepared images in, anomaly scores out, the preparation and "
         "the threshold in its metadata. Nothing is written unless ONNX Runtime gives the run's own scores.",
@@ -436,7 +450,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
 @_read_in_part
 def check(argv: Sequence[str] | None = None) -> int:
     """``anomaly-lab-check model=NAME``: hold a method to the contract that every method here keeps."""
-    parser = argparse.ArgumentParser(
+    parser = _parser(
         prog="anomaly-lab-check",
         description="Train a method for a few steps, straight through and killed after every epoch, and say what "
         "breaks the contract: a score that depends on its batch, a parameter that nobody trains, noise that a resumed "
@@ -470,7 +484,7 @@ def check(argv: Sequence[str] | None = None) -> int:
 @_read_in_part
 def features(argv: Sequence[str] | None = None) -> int:
     """``anomaly-lab-features``: channel statistics of pretrained features over a folder of images."""
-    parser = argparse.ArgumentParser(
+    parser = _parser(
         prog="anomaly-lab-features",
         description="Mean and standard deviation of each channel of a model's pretrained features over the images in a "
         "folder and all folders below (ImageNet, as PIAD has it), in one file with where they come from. A run uses it "

@@ -529,7 +529,8 @@ def selected(
             )
     frame = results.read(runs, verify=verify)
     notices: list[str] = frame.attrs["damaged"]
-    notices += [f"{s.path} failed: {s.detail}" for s in status.under(runs, expected) if s.state == "failed"]
+    failed = [state for state in status.under(runs, expected) if state.state == "failed"]
+    notices += [f"{s.path} failed: {s.detail} (run it again, or delete its folder)" for s in failed]
     for line in notices:
         print(line, file=sys.stderr)
     if experiment is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import re
 import shlex
@@ -16,7 +17,7 @@ import pytest
 from conftest import Command, Said
 from hydra.errors import HydraException
 
-from anomaly_lab import cli, config, grids, record, sweep
+from anomaly_lab import __version__, cli, config, grids, record, sweep
 from anomaly_lab.advice import NEIGHBOURS, advice
 
 TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 trainer.progress=false"
@@ -141,7 +142,7 @@ def test_a_dry_run_names_a_missing_value_by_its_key(lab: Command) -> None:
 def test_the_page_shows_what_the_command_answers(lab: Command) -> None:
     page = (Path(__file__).parent.parent / "docs/command_line.md").read_text(encoding="utf-8")
     shown = re.findall(r"^\$ anomaly-lab (.+)\n((?:(?!\$ |```).+\n)+)", page, re.M)
-    assert len(shown) == 11
+    assert len(shown) == 12
     for words, answer in shown:
         said = lab(words)
         assert said.out + said.err == answer, words
@@ -391,6 +392,16 @@ def test_help_shows_groups_and_commands_and_needs_nothing_heavy() -> None:
         assert line.split(", ") == sorted(path.stem for path in (config.CONFIG_DIR / group).glob("*.yaml"))
     assert "anomaly-lab -m experiment=" in out and "--dry-run" in out
     assert max(len(line) for line in out.splitlines() if ": " not in line) <= 120
+
+
+@pytest.mark.parametrize("name", sorted(name for name in cli.__all__ if name.islower()))
+def test_every_command_says_its_version(
+    name: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", [name, "--version"])
+    with contextlib.suppress(SystemExit):
+        getattr(cli, name)()
+    assert capsys.readouterr() == (f"anomaly-lab {__version__}\n", "")
 
 
 def test_the_commands_that_help_shows_compose() -> None:

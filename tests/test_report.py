@@ -204,7 +204,7 @@ def test_damaged_result_is_named_and_skipped(runs: Runs, spoil, capsys: pytest.C
 def test_failed_runs_are_named_in_the_report(runs: Runs, capsys: pytest.CaptureFixture[str]) -> None:
     runs.add(0.8, c=1)
     failed = runs.other("failure.json", json.dumps({"error": "OutOfMemory: too large", "traceback": "..."}), c=2)
-    line = f"{failed.relative_to(runs.root)} failed: OutOfMemory: too large"
+    line = f"{failed.relative_to(runs.root)} failed: OutOfMemory: too large (run it again, or delete its folder)"
     assert cli.report([str(runs.root)]) == 0
     assert line in capsys.readouterr().err
     for page in ("report.md", "report.html"):

@@ -101,8 +101,11 @@ class PCA(Detector):
         components = self.components or self._most_likely(x)
         axes = principal_axes(x)
         if components >= len(axes.variance):
+            most = len(axes.variance) - 1
+            advice = f"write model.detector.components={most}, or less" if most else "use others"
             raise ValueError(
-                f"components={components}: {len(x)} training images span {len(axes.variance)} dimensions, give fewer"
+                f"model.detector.components={components}: {len(x)} training images span {len(axes.variance)} "
+                f"dimensions: {advice}"
             )
         noise = noise_variances(axes.variance, x.shape[1])[components - 1]
         fitted = axes.mean, axes.variance[:components], axes.direction[:, :components].contiguous(), noise
