@@ -15,6 +15,7 @@ import pickle
 import re
 import shlex
 import socket
+import sys
 import urllib.error
 import urllib.request
 import warnings
@@ -485,7 +486,7 @@ class ImageFolder(Dataset):
     path: str | Path
     size: int = 32
     channels: int = 3  # 1: grey (ITU-R 601 luma), 3: RGB
-    skip_broken: bool = False  # leave files out that are no readable images, with a warning that lists them
+    skip_broken: bool = False  # leave files out that are no readable images, and list them on stderr
 
     config: ClassVar[str] = "image_folder"
 
@@ -513,11 +514,10 @@ class ImageFolder(Dataset):
                 read.append(entry)
             except Unreadable as fault:
                 broken.append(fault)
-        if broken:
-            said = unreadable(broken, len(listing), "dataset.skip_broken=true")
-            if not self.skip_broken or not pixels:
-                raise said
-            warnings.warn(f"left out: {said}", stacklevel=2)
+        if broken and not (self.skip_broken and pixels):
+            raise unreadable(broken, len(listing), "" if self.skip_broken else "dataset.skip_broken=true")
+        for left_out in broken:
+            print(f"left out: {left_out}", file=sys.stderr)
         labels = np.array([index[name] for _, name, _, _ in read], np.int64)
         is_test = np.array([test for _, _, test, _ in read], np.bool_)
         return Images.canonical(np.stack(pixels), labels, is_test, class_names, name=self.name)

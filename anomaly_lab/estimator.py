@@ -172,6 +172,7 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
         self.decision_scores_ = self.detector_.score(pixels)
         decided = self.detector_.decisions(pixels, self.decision_scores_)
         self.labels_ = None if decided is None else decided.astype(int)
+        self._fitted_on = len(data.partition.train) + len(data.partition.val)
         self.n_features_in_ = math.prod(pixels.shape[1:])
         return self
 
@@ -187,7 +188,18 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
             ValueError: there is no threshold, see ``threshold_``.
         """
         check_is_fitted(self)
-        return self.detector_.decide(self._pixels(X)).astype(np.int64)
+        pixels = self._pixels(X)
+        decided = self.detector_.decisions(pixels, self.detector_.score(pixels))
+        if decided is None:
+            share = math.ceil(2000 / self._fitted_on) / 100
+            enough = (
+                f"""with overrides=["split.val_share={share}"]""" if self._fitted_on > 24 else "on 25 images or more"
+            )
+            raise ValueError(
+                f"too few of the {self._fitted_on} images were held out for a threshold (20 are needed): use "
+                f"decision_function, or fit {enough}"
+            )
+        return decided.astype(np.int64)
 
     def fit_predict(self, X: ArrayLike, y: object = None, **more: Any) -> NDArray[np.int64]:
         """``fit(X)``, then the decisions on ``X``."""

@@ -24,13 +24,14 @@ class Unreadable(ValueError):
         self.where, self.why = where, why
 
 
-def unreadable(broken: Sequence[Unreadable], of: int, skip: str) -> ValueError:
-    """One line that names every file of ``broken``, and ``skip`` as what leaves them out."""
+def unreadable(broken: Sequence[Unreadable], of: int, skip: str = "") -> ValueError:
+    """One line that names every file of ``broken``, and ``skip`` as what leaves them out, unless nothing does."""
     if len(broken) == 1:
-        return ValueError(f"{broken[0]}, or skip it with {skip}")
+        return ValueError(f"{broken[0]}" + (f", or skip it with {skip}" if skip else ""))
     names = ", ".join(f"{fault.where} ({fault.why})" for fault in broken)
     many = f"{len(broken)} of {of} images cannot be read"
-    return ValueError(f"{many}: {names}: repair, convert or remove them, or skip them with {skip}")
+    skipped = f", or skip them with {skip}" if skip else ""
+    return ValueError(f"{many}: {names}: repair, convert or remove them{skipped}")
 
 
 def open_image(file: Any, where: str, channels: int, size: int | None = None) -> np.ndarray:

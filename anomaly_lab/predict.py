@@ -80,7 +80,10 @@ class FittedDetector:
         """
         decided = self.decisions(images, self.score(images))
         if decided is None:
-            raise ValueError("this run held out too few normal images for a threshold: use the scores")
+            raise ValueError(
+                "this run held out too few normal images for a threshold (20 are needed): use score(), or make the run "
+                "again with a larger split.val_share"
+            )
         return decided
 
     def anomaly_map(self, images: NDArray[np.uint8]) -> NDArray[np.float32] | None:

@@ -7,6 +7,7 @@ import errno
 import hashlib
 import os
 import pickle
+import re
 import resource
 import shutil
 import struct
@@ -508,7 +509,9 @@ def test_an_unreadable_image_is_named(tmp_path: Path, content: bytes | None) -> 
     assert leftovers(tmp_path) == []
 
 
-def test_all_unreadable_images_are_named_at_once_and_left_out_on_request(tmp_path: Path) -> None:
+def test_all_unreadable_images_are_named_at_once_and_left_out_on_request(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     for name in "abcd":
         paint(tmp_path / "images" / "a" / f"{name}.png")
         paint(tmp_path / "images" / "b" / f"{name}.png")
@@ -518,12 +521,22 @@ def test_all_unreadable_images_are_named_at_once_and_left_out_on_request(tmp_pat
         "2 of 8 images cannot be read: ", "a/b.png (", "b/d.png (", "or skip them with dataset.skip_broken=true"
     ):
         folder_of(tmp_path).load()
-    with pytest.warns(UserWarning, match=r"left out: 2 of 8 images cannot be read: .*b/d\.png"):
-        images = folder_of(tmp_path, skip_broken=True).load()
+    images = folder_of(tmp_path, skip_broken=True).load()
+    lines = capsys.readouterr().err.splitlines()
+    assert [re.findall(r"^left out: .*/(\w/\w)\.png cannot be read \(.+\): repair", line) for line in lines] == [
+        ["a/b"],
+        ["b/d"],
+    ]
+    assert not any("skip" in line for line in lines), "it is on"
     assert np.bincount(images.labels).tolist() == [3, 3]
     assert folder_of(tmp_path, skip_broken=True).load().sha256 == images.sha256, "from the cache"
+    assert capsys.readouterr().err == ""
     with one_line("2 of 8 images cannot be read"):
         folder_of(tmp_path).load()  # which the cache of the others does not hide
+    for path in (tmp_path / "images").rglob("*.png"):
+        path.write_bytes(b"no image")
+    with pytest.raises(ValueError, match=r"8 of 8 images cannot be read: .*: repair, convert or remove them$"):
+        folder_of(tmp_path, skip_broken=True).load()
 
 
 def test_sixteen_bit_images_are_refused_rather_than_clipped(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,19 @@ def test_a_fitted_one_can_be_copied_and_pickled_without_its_training_images(mode
     for again in (pickle.loads(text), copy.deepcopy(fitted)):
         assert np.array_equal(again.decision_function(x), fitted.decision_function(x))
         assert again.threshold_ == fitted.threshold_
+
+
+@pytest.mark.parametrize("count", [25, 60, 66, 150, 300])
+def test_without_a_threshold_it_says_what_gives_one(count: int) -> None:
+    x = digits()[0][:count]
+    fitted = AnomalyDetector("mean_image", overrides=["split.val_share=0.01"]).fit(x)
+    with pytest.raises(ValueError, match=r"use decision_function, or fit with overrides=") as error:
+        fitted.predict(x)
+    [advised] = re.findall(r'overrides=\["(.+)"\]$', str(error.value))
+    again = AnomalyDetector("mean_image", overrides=[advised]).fit(x)
+    assert set(np.unique(again.predict(x))) <= {0, 1} and again.threshold_ is not None
+    with pytest.raises(ValueError, match="or fit on 25 images or more"):
+        AnomalyDetector("mean_image").fit(x[:24]).predict(x)
 
 
 def test_max_train_thins_the_array() -> None:

@@ -110,9 +110,7 @@ def test_the_likeliest_number_of_components_is_the_planted_one_and_follows_from_
         assert made.direction.shape == (16, 3)
     x = images(5, seed=1)
     assert torch.equal(fits[0].score(x), fits[1].score(x))
-    with pytest.raises(
-        ValueError, match=r"12: 10 training images span 9 dimensions: write .*components=8, "
-    ):
+    with pytest.raises(ValueError, match=r"12: 10 training images span 9 dimensions: write .*components=8, "):
         fitted(PCA(SHAPE, score="residual", components=12), images(10))
 
 
