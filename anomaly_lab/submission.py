@@ -125,6 +125,13 @@ def frame(submissions: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     return rows
 
 
+def _shown(value: object) -> str:
+    """A value of a `protocol`, as a reader knows it."""
+    if value is None or value == "":
+        return "unknown" if value is None else "no changed key"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 def refuse_unsound(content: Mapping[str, Any], where: str) -> None:
     """Hold a submission to itself: one method, one protocol, every class with every seed, and its own head.
 
@@ -142,7 +149,7 @@ def refuse_unsound(content: Mapping[str, Any], where: str) -> None:
     protocols = {json.dumps(protocol(entry), sort_keys=True): protocol(entry) for entry in entries}
     if len(protocols) > 1:
         one, two = list(protocols.values())[:2]
-        differ = ", ".join(f"{name} {one[name]} and {two[name]}" for name in PROTOCOL if one[name] != two[name])
+        differ = ", ".join(f"{k} {_shown(one[k])} and {_shown(two[k])}" for k in PROTOCOL if one[k] != two[k])
         raise ValueError(f"{where}: mixes protocols ({differ}): give a file to each")
     for entry in entries:
         identity, row = entry["identity"], entry["row"]

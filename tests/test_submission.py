@@ -194,6 +194,8 @@ def another(key: str, value: object, *, row: bool = False) -> Callable[[dict[str
     [
         (another("split_version", 2), "mixes protocols (split_version 1 and 2)"),
         (another("images", "f" * 64), "mixes protocols (images"),
+        (another("changed", "", row=True), "mixes protocols (problem split.val_share=0.5 and no changed key)"),
+        (another("classes", None, row=True), "mixes protocols (classes 3 and unknown)"),
         (another("split", "pooled", row=True), "mixes protocols (split official and pooled)"),
         (another("model", "knn", row=True), "is not the run that its identity names"),
         (another("path", "elsewhere", row=True), "elsewhere has the identity of mean_image/own/official/n1/s0-"),
