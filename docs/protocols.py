@@ -35,6 +35,12 @@ SETS: dict[str, type[datasets.Dataset] | functools.partial[datasets.Dataset]] = 
 PROTOCOLS: list[type[splits.Split]] = [splits.Official, splits.Pooled, splits.Coil]
 PROTOCOLS += [splits.Superclass, splits.Subclass, splits.OneAbnormal]
 
+PROBLEMS = {
+    "cifar10": (splits.Ood(anomalies=("mnist",)), "split.anomalies=mnist"),
+    "digits": (splits.Pooled(), "normal_class=[3,8]"),
+}
+"""Of a data set an example of several classes that are one problem, and the key that makes it."""
+
 FAULTS = {
     "mnist": (
         "The distance to the mean image has .87 on average, principal components .955 "
@@ -81,7 +87,7 @@ def measure() -> dict[str, Any]:
         folder = Path(os.environ["ANOMALY_LAB_DATA"])
         given = {"path": folder / f"{name}.npz"} if name == "usps" else {}
         images = reader(data_dir=folder, **given).load()
-        digests = np.array([hashlib.sha256(one.tobytes()).hexdigest() for one in images.pixels])
+        digests = digested(images)
         found["datasets"][name] = about(images, digests)
         for kind in PROTOCOLS:
             split = kind()
@@ -93,7 +99,26 @@ def measure() -> dict[str, Any]:
                 row = one_class(split, images, target, digests)
                 found["partitions"].append({"dataset": name, **row, "classes": len(targets)})
             print(name, split.name, len(targets), file=sys.stderr)
+        if name in PROBLEMS:
+            found["partitions"].append({"dataset": name, **several(images, *PROBLEMS[name]), "classes": 1})
     return found
+
+
+def digested(images: datasets.Images) -> np.ndarray:
+    """The SHA-256 of each image."""
+    return np.array([hashlib.sha256(one.tobytes()).hexdigest() for one in images.pixels])
+
+
+def several(images: datasets.Images, split: splits.Split, by: str) -> dict[str, Any]:
+    """Of several classes as one problem."""
+    if isinstance(split, splits.Ood):
+        folder = Path(os.environ["ANOMALY_LAB_DATA"])
+        images = datasets.beside(images, [SETS[name](data_dir=folder).load() for name in split.anomalies])
+        target = split.targets(images)
+    else:
+        target = split.resolve(images, json.loads(by.partition("=")[2]))
+    named = "all" if by.startswith("split.") else "+".join(map(str, target))  # as in a run's identity
+    return {**one_class(split, images, target, digested(images)), "class": named, "by": by}
 
 
 def about(images: datasets.Images, digests: np.ndarray) -> dict[str, Any]:
@@ -113,7 +138,9 @@ def about(images: datasets.Images, digests: np.ndarray) -> dict[str, Any]:
     }
 
 
-def one_class(split: splits.Split, images: datasets.Images, target: int, digests: np.ndarray) -> dict[str, Any]:
+def one_class(
+    split: splits.Split, images: datasets.Images, target: splits.Target, digests: np.ndarray
+) -> dict[str, Any]:
     """Of one class as the one that a run names."""
     partition = split(images, target, seed=0)
     known = set(digests[np.concatenate([partition.train, partition.val])].tolist())
@@ -143,6 +170,7 @@ figures.
 Counts and fingerprints are of seed 0, without contamination or caps. Another seed holds out other images, and in
 `pooled`, `coil` and `one_abnormal` cuts others.
 The facts of this page are in [protocols.json](protocols.json).
+A row with a key is an example of several classes that are one problem, one column, one mean of their own.
 *Test copies* are test images with the bytes of a training or held-out image of the same run.
 """
 
@@ -172,7 +200,9 @@ def page(facts: dict[str, Any]) -> str:
             "| --- | ---: | ---: | ---: | ---: | ---: | ---: |",
         ]
         own = [p for p in facts["partitions"] if p["dataset"] == name]
-        by_split = {split: [p for p in own if p["split"] == split] for split in dict.fromkeys(p["split"] for p in own)}
+        by_split: dict[str, list[dict[str, Any]]] = {}
+        for p in own:
+            by_split.setdefault(f"`{p['split']}`" + (f" `{p['by']}`" if "by" in p else ""), []).append(p)
         for split, found in by_split.items():
             counts = [span([p[key] for p in found]) for key in ("train", "val", "test_normal", "test_anomalous")]
             copied = sum(p["test_copies"] > 0 for p in found)
@@ -182,12 +212,13 @@ def page(facts: dict[str, Any]) -> str:
                 if copied
                 else "none"
             )
-            out.append(f"| `{split}` | {found[0]['classes']} | {' | '.join(counts)} | {copies} |")
+            classes = found[0]["name"] if "by" in found[0] else found[0]["classes"]
+            out.append(f"| {split} | {classes} | {' | '.join(counts)} | {copies} |")
         out += ["", "Fingerprints at seed 0, by class:", ""]
         for split, found in by_split.items():
             fingerprints = ", ".join(f"{p['name']} `{p['fingerprint']}`" for p in found)
             first = f" (the first {len(found)} of {found[0]['classes']})" if len(found) < found[0]["classes"] else ""
-            out.append(f"- `{split}`{first}: {fingerprints}")
+            out.append(f"- {split}{first}: {fingerprints}")
     return "\n".join(out) + "\n"
 
 
