@@ -550,7 +550,7 @@ def _parsed(text: str) -> Any:
 class Published(NamedTuple):
     value: float
     status: str  # verified | secondary | unverified
-    setting: str  # what differs or is not stated about the protocol; empty when it is the split's own
+    setting: str  # what is not stated about the protocol, or lost from the table; empty when the split's own is stated
     source: str
 
 
@@ -564,7 +564,8 @@ def published(method: str, dataset: str, split: str, metric: str = "auroc") -> d
     """Published figures of a method by zero-based class or "mean", under this split only.
 
     Of several rows for a cell the first counts. A row whose source does not state its split but very likely
-    means `official` stands in where nothing better is known, and says so in `setting`.
+    means `official` stands in where nothing better is known, and says so in `setting`; so does a row of a table whose
+    column headers are lost, with the classes that its columns are read as.
     """
     cells: dict[int | str, Published] = {}
     own = [
@@ -576,9 +577,15 @@ def published(method: str, dataset: str, split: str, metric: str = "auroc") -> d
         name = row["normal_class"]
         if name == "mean" or name.isdigit():  # "column3": a table whose headers are lost
             key = name if name == "mean" else int(name)
-            setting = "" if row in stated else "split not stated, likely official"
+            setting = _lost(row["source"]) if row in stated else "split not stated, likely official"
             cells.setdefault(key, Published(float(row["value"]), row["status"], setting, row["source"]))
     return cells
+
+
+def _lost(source: str) -> str:
+    """The words of a source on lost column headers: "column headers lost, read as digits 0 to 3"; else empty."""
+    said = re.search(r"column headers lost.*", source)
+    return re.sub(r"(\d)-(\d)", r"\1 to \2", said[0].replace(" - ", ", ")) if said else ""
 
 
 def published_kind(method: str, dataset: str, split: str, problem: str, kind: str) -> Published | None:

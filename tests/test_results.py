@@ -180,6 +180,16 @@ def test_first_published_row_of_a_cell_counts() -> None:
     assert results.published("ocgan", "mnist", "official")[2].value == 0.948
 
 
+def test_a_published_figure_says_that_its_column_headers_are_lost() -> None:
+    lost = [row for row in results._published_rows() if "column headers lost" in row["source"]]
+    assert {(row["dataset"], row["split"]) for row in lost} == {("mnist", "official")}
+    for row in lost:
+        figure = results.published(row["model"], "mnist", "official")[int(row["normal_class"])]
+        assert figure.setting == "column headers lost, read as digits 0 to 3" or figure.source != row["source"]
+    assert results.published("shared_ae", "mnist", "official")[3].setting  # the row itself, not an earlier one
+    assert results.published("gpnd", "mnist", "pooled")["mean"].setting == ""
+
+
 def test_published_table_has_no_unreadable_row() -> None:
     rows = results._published_rows()
     assert len(rows) == 892
