@@ -9,7 +9,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NoReturn
 
 import numpy as np
 import torch
@@ -289,8 +289,16 @@ class _Steps:
         return self._images.order[self._start : self._start + self._images.at_once]
 
 
+class OutOfReach(AttributeError):
+    """A detector asked its trainer's data module for what it may not see during a run."""
+
+
 class Closed(LightningDataModule):
-    """The loaders of one stage and nothing else: all that a detector can reach through its trainer during a run."""
+    """The loaders of one stage and nothing else: all that a detector can reach through its trainer during a run.
+
+    Raises:
+        OutOfReach: it is asked for the test images while a detector is fitted, or at any time for anything else.
+    """
 
     def __init__(self, train: EpochImages | None = None, val: Sequence[Loader] = (), test: Sequence[Loader] = ()):
         super().__init__()
@@ -303,7 +311,12 @@ class Closed(LightningDataModule):
         return self._val
 
     def test_dataloader(self) -> list[Loader]:
+        if not self._test:
+            raise OutOfReach("a detector cannot reach the test half while it is fitted")
         return self._test
+
+    def __getattr__(self, name: str) -> NoReturn:  # of what is not there: Lightning, too, asks by hasattr
+        raise OutOfReach(f"a detector cannot reach the test half or its truth: {name!r} is not in its data module")
 
 
 class OneClassData(LightningDataModule):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from anomaly_lab import config
 from anomaly_lab.batches import Batch
+from anomaly_lab.data import OutOfReach
 from anomaly_lab.measure import BatchDependentScore
 from anomaly_lab.methods.shared_autoencoder import EncoderDecoderEncoder
 from anomaly_lab.run import run
@@ -84,11 +85,11 @@ def asked(folder: Path, *overrides: str) -> Any:
     [
         (ReadsTruth, AssertionError, "a training batch carries no truth"),
         (AsksTheTrainingSet, AssertionError, "the training set carries no truth"),
-        (AsksTheDataModule, AttributeError, "'Closed' object has no attribute 'partition'"),
-        (AsksTheDataModuleWhileScoring, AttributeError, "'Closed' object has no attribute 'partition'"),
-        (TakesTestImages, ValueError, "not enough values to unpack"),
-        (PicksTheBestEpoch, KeyError, "oracle_auroc"),
-        (PicksTheBestEpochFromTheLogger, KeyError, "oracle_auroc"),
+        (AsksTheDataModule, OutOfReach, "cannot reach the test half or its truth: 'partition' is not in its data mod"),
+        (AsksTheDataModuleWhileScoring, OutOfReach, "cannot reach the test half or its truth: 'partition' is not in"),
+        (TakesTestImages, OutOfReach, "a detector cannot reach the test half while it is fitted"),
+        (PicksTheBestEpoch, KeyError, "^'oracle_auroc'$"),  # the rows of watched epochs lie elsewhere
+        (PicksTheBestEpochFromTheLogger, KeyError, "^'oracle_auroc'$"),
         (ComparesWithItsBatch, BatchDependentScore, "looks at the other images of a batch"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
@@ -98,6 +99,45 @@ def test_a_planted_leak_is_shut(leak: type, error: type[Exception], message: str
     with pytest.raises(error, match=message):
         run(cfg)
     assert (config.job(cfg).out / "failure.json").is_file() and not (config.job(cfg).out / "result.json").exists()
+
+
+OUTSIDE = """
+from anomaly_lab.detector import Detector
+
+
+class ToTheMean(Detector):
+    \"\"\"Squared distance to the mean image: of the training images, or of the images scored together.\"\"\"
+
+    def __init__(self, image_shape, *, leak):
+        super().__init__(image_shape)
+        self.leak = leak
+
+    def after_fit(self, images):
+        self.set_fitted("centre", images.mean(0))
+
+    def score(self, x):
+        return (x - (x.mean(0) if self.leak else self.centre)).square().flatten(1).mean(1)
+"""
+
+
+@pytest.mark.parametrize("leak", [False, True])
+def test_a_method_from_outside_whose_score_looks_at_its_batch_is_refused_at_the_end_of_its_run(
+    leak: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "conf/model").mkdir(parents=True)
+    (tmp_path / "to_the_mean.py").write_text(OUTSIDE)
+    config_of_it = "detector: {_target_: to_the_mean.ToTheMean, leak: false}\n"
+    (tmp_path / "conf/model/to_the_mean.yaml").write_text(config_of_it)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv(config.EXTRA_CONFIGS, str(tmp_path / "conf"))
+    where = [f"runs={tmp_path}", f"data_dir={tmp_path}", "trainer.progress=false", "trainer.accelerator=cpu"]
+    cfg = config.compose(["model=to_the_mean", f"model.detector.leak={leak}", "logger=none", *where])
+    if leak:
+        with pytest.raises(BatchDependentScore, match="looks at the other images of a batch"):
+            run(cfg)
+        assert not (config.job(cfg).out / "result.json").exists()
+    else:
+        assert run(cfg) is not None
 
 
 def test_neighbours_of_the_test_pass_do_not_share_their_label(tmp_path: Path) -> None:
