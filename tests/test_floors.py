@@ -1,7 +1,12 @@
-"""Learning floors: after seconds of training every method tells ones from other digits, better than the mean image.
+"""Learning floors: after seconds of training a method tells ones from other digits, better than the mean image.
 
 A floor says that a method learns at all; it is no claim and no choice. Zeros are told by the distance to their mean
 image (.998), so that they test nothing; ones are not (.733), because they are written in two ways.
+
+Floors stand elsewhere, too: of small networks in test_one_class_networks, and of transform_knn, rotation_contrast, PIAD
+in pixels and the supervised ceiling with their own tests. None have ocsvm, which is honestly below the mean image on
+ones (.659); alad, which needs longer than seconds (.776 where the mean image has .807); shared_ae_printed, which
+collapses as its algebra says; fused, which is made of others; and what needs downloaded features.
 """
 
 from __future__ import annotations
@@ -25,6 +30,11 @@ SHORT = {
     "ede": (0.85, "ede", AUTOENCODERS),
     "shared_ae_no_adversary": (0.85, "both", AUTOENCODERS),
     "shared_ae": (0.75, "ede2", AUTOENCODERS),  # hardly above: its reconstructions explain no variance (-.06)
+    # With the image term 50 to 1, under which the code depends on the image. With an adversary that is so with seed 0,
+    # not with every seed: with seed 1 so short a training stays below the mean image.
+    "ede_50": (0.95, "ede", AUTOENCODERS),
+    "shared_ae_no_adversary_50": (0.95, "both", AUTOENCODERS),
+    "shared_ae_50": (0.9, "ede2", AUTOENCODERS),
     "ganomaly": (0.9, "generator", ["model.budget.epochs=4", "model.budget.epoch_steps=30"]),
     "autoencoder_beggel": (0.9, "autoencoder", ["model.budget.epochs=40", "model.batch_size=32"]),
     "aae": (0.9, "autoencoder", ["model.budget.epochs=40", "model.batch_size=32"]),
@@ -35,7 +45,7 @@ SHORT = {
     ),
 }
 
-# Adversarial methods learn ones, at the digits' own eight pixels; the mean image reaches .757 on them (1.000 on zeros).
+# Adversarial methods learn ones, at the digits' own eight pixels; the mean image reaches .807 on them.
 EIGHT = [
     *("model.input.size=8", "model.batch_size=32", "model.budget.epoch_steps=20"),
 ]
@@ -71,6 +81,12 @@ OWN_WIDTHS = {
         ],
     ),
     "addpa": (0.95, ["model.detector.features=null", "model.input.size=16", "model.budget.steps=150"]),  # no download
+    "pixelcnn": (0.9, [*EIGHT, "model.budget.epochs=5"]),
+    "puzzle_ae": (
+        0.85,
+        [*EIGHT, "model.detector.orders=3", "model.optimizer.unet.lr=3e-3", "model.budget.epochs=12"],
+    ),
+    "scatter_subspace": (0.95, []),
     "goad": (0.9, [EIGHT[0], "model.detector.shift=2", "model.budget.epochs=3", "model.budget.epoch_steps=60"]),
 }
 """The floor, and what makes it a matter of seconds."""
@@ -89,6 +105,11 @@ def test_the_floors_are_above_the_mean_image(tmp_path: Path) -> None:
         assert all(floor > mean_image for floor, *_ in asked.values())
         for model in ("pca", "knn"):
             assert made(model, tmp_path, *overrides)["metrics"]["auroc"] > 0.99
+
+
+@pytest.mark.parametrize("model", ["kde", "isolation_forest", "lof", "gmm"])
+def test_a_classical_method_is_above_the_mean_image(model: str, tmp_path: Path) -> None:
+    assert made(model, tmp_path)["metrics"]["auroc"] > made("mean_image", tmp_path)["metrics"]["auroc"]
 
 
 @pytest.mark.slow
