@@ -1,6 +1,6 @@
 """``python -m benchmarks.statistics``: what an interval covers and how often a test rejects a true null, simulated.
 
-Prints the tables of docs/statistics.md (two minutes on one core).
+Prints the tables of docs/statistics.md (three minutes on one core).
 """
 
 from __future__ import annotations

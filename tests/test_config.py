@@ -195,7 +195,7 @@ def test_a_key_that_some_experiments_models_lack_is_refused_by_their_names(users
 
 def test_the_command_line_replaces_a_part_of_an_experiments_grid() -> None:
     whole = grids.jobs(["experiment=jia2022_mnist"])
-    assert len(whole) == 9 * 10 * 3, "five rows of the ablation, three floors and the ceiling"
+    assert len(whole) == 12 * 10 * 3, "the ablation with both weights, three floors and the ceiling"
     assert len(grids.jobs(["experiment=jia2022_mnist", "seed=0", "model=ede"])) == 10
 
 
