@@ -9,6 +9,7 @@ import tomllib
 from pathlib import Path
 
 import pytest
+import yaml
 from omegaconf import OmegaConf
 
 from anomaly_lab import __version__, config, grids
@@ -141,6 +142,17 @@ def test_what_an_archive_asks_for_is_there_and_agrees() -> None:
     assert {"name", "description", "body"} <= set(form)
     for part in form.body:
         assert part.type in ("markdown", "input", "textarea", "checkboxes") and part.attributes
+
+
+def test_every_python_that_is_named_is_tested() -> None:
+    named = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["classifiers"]
+    job = yaml.safe_load((ROOT / ".github/workflows/tests.yml").read_text())["jobs"]["test"]
+    versions = job["strategy"]["matrix"]["python-version"]
+    tested = [f"Programming Language :: Python :: {python}" for python in versions]
+    assert tested and tested == [name for name in named if re.search(r"Python :: 3\.\d+$", name)]
+    targets = " ".join(step["run"] for step in job["steps"] if "run" in step).replace("make", "").split()
+    rules = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+    assert {"lint", "test", "package"} <= set(targets) <= set(rules)
 
 
 def test_every_release_says_which_results_changed() -> None:

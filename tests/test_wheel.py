@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import sysconfig
@@ -93,3 +94,22 @@ def test_the_installed_package_reads_its_own_configs(installed: Path, tmp_path: 
     assert Path(file).is_relative_to(packages), "not the wheel's package"
     assert Path(conf).is_relative_to(packages) and Path(conf) == Path(file).parent / "conf"
     assert model == "autoencoder" and figures > 0
+
+
+def test_a_fresh_environment_that_follows_the_first_page_gets_what_it_shows(installed: Path, tmp_path: Path) -> None:
+    """Its commands and its program as they stand there, but for the installation: of the wheel, as in `installed`."""
+    page = (ROOT / "docs/start.md").read_text(encoding="utf-8")
+    install, *blocks = re.findall(r"^```(bash|python)\n(.*?)^```(?:\n\n```\n(.*?)^```)?", page, re.M | re.S)
+    assert "pip install ." in install[1] and len(blocks) == 4
+    program = "set -e\nPATH=$1:$PATH\ncd $2\n"
+    for kind, text, shown in blocks:
+        if kind == "python":
+            (tmp_path / "mine.py").write_text(text)
+            continue
+        said = done("bash", "-c", program + text, "bash", installed, tmp_path)
+        wanted, found = ([one for line in of.splitlines() for one in line.split()[:1]] for of in (shown, said))
+        assert wanted and not set(wanted) - {"..."} - set(found), f"{text}: {said}"
+        for label, value in re.findall(r"^(AUROC|\| `\w+`) [ |]*(\d\.\d+)", shown, re.M):
+            [same] = re.findall(rf"^{re.escape(label)} [ |]*(\d\.\d+)", said, re.M)[:1]
+            assert abs(float(same) - float(value)) < 0.02, f"{label} is {same}, the page says {value}"
+    assert (tmp_path / "runs/report/report.html").is_file()
