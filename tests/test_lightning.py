@@ -19,6 +19,7 @@ from anomaly_lab import config, figures
 from anomaly_lab.batches import Batch
 from anomaly_lab.build import make_data, make_detector
 from anomaly_lab.detector import Detector
+from anomaly_lab.networks import PerceptualFeatures
 from anomaly_lab.players import Learning
 from anomaly_lab.run import run
 
@@ -97,7 +98,9 @@ def test_a_bare_trainer_gives_the_scores_of_a_run_to_the_bit(
         assert set(lacking) <= {"features"}, "all but what is no plain value"
         loaded = type(detector).load_from_checkpoint(path, weights_only=True, **lacking)
         if lacking:  # frozen features are in no checkpoint, and random ones would be drawn anew
-            loaded.features = detector.features
+            for name, module in detector.named_modules(remove_duplicate=False):
+                if isinstance(module, PerceptualFeatures):
+                    loaded.set_submodule(name, module)
         again = Trainer(logger=False).predict(loaded, data)
         assert again is not None and torch.equal(torch.cat(again), torch.cat(predicted))
 

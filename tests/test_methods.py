@@ -27,7 +27,7 @@ SHRINK: dict[str, object] = {
     "model.detector.starts": 2,
     "model.detector.flips": False,
     "model.detector.orders": 2,
-    "model.detector.layers": ["squeezenet1_0.features.0"] * 4,
+    "model.detector.architectures": ["squeezenet1_0.features.0"] * 4,
     "model.detector.samples": 8,
     "model.detector.inner": 1,  # of two epochs: a run that is killed between them crosses from one round to the next
     "model.detector.warm_up": 1,  # the second epoch moves the radius

@@ -87,7 +87,13 @@ def growing(*overrides: str) -> GrowingPerceptualAutoencoder:
     torch.manual_seed(0)
     small = ["model.detector.widths=[8,7,6,5,4]", "model.detector.features.weights=random"]
     layers = [f"squeezenet1_0.features.{layer}" for layer in (0, 0, 3, 3)]
-    words = ["model=addpa_growing", "size=small", *small, f"model.detector.layers=[{','.join(layers)}]", *overrides]
+    words = [
+        "model=addpa_growing",
+        "size=small",
+        *small,
+        f"model.detector.architectures=[{','.join(layers)}]",
+        *overrides,
+    ]
     made = make_detector(config.compose(words), (1, 64, 64))
     assert isinstance(made, GrowingPerceptualAutoencoder)
     return made

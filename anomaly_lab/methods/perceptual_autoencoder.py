@@ -178,9 +178,9 @@ class GrowingPerceptualAutoencoder(Detector):
 
         L(x) = (1 - a) L_rec(x', y') at R/2 + a L_rec(x, y) at R,      x' = x halved, y = G(E(x)), y' = y halved
 
-    where L_rec is `RelativeL1` with features that grow as well (``layers``): of VGG19 relu1_2 at 8 pixels, relu2_2 at
-    16, relu3_2 at 32 and 64. Every stage begins with an optimiser of its own. The anomaly score is L_rec at 64 pixels,
-    by the networks of the last stage: there is none before.
+    where L_rec is `RelativeL1` with features that grow as well (``architectures``): of VGG19 relu1_2 at 8 pixels,
+    relu2_2 at 16, relu3_2 at 32 and 64. Every stage begins with an optimiser of its own. The anomaly score is L_rec at
+    64 pixels, by the networks of the last stage: there is none before.
 
     *Where we differ from the authors' code* (github.com/ninatu/anomaly_detection, 6fa35f3): a rises with each epoch,
     theirs with each step; training ends at the last step, theirs by validation on one class of true anomalies; channel
@@ -189,7 +189,7 @@ class GrowingPerceptualAutoencoder(Detector):
     Args:
         widths: channels at 4, 8, 16, 32 and 64 pixels. latent_size: d.
         features: makes f, given its ``architecture``. None: f is the image itself, normalised likewise.
-        layers: the architecture of f at 8, 16, 32 and 64 pixels.
+        architectures: of f at 8, 16, 32 and 64 pixels, see `PerceptualFeatures`.
     """
 
     STAGES: ClassVar[tuple[str, ...]] = ("at_8", "to_16", "at_16", "to_32", "at_32", "to_64", "at_64")
@@ -203,24 +203,26 @@ class GrowingPerceptualAutoencoder(Detector):
         widths: Sequence[int],
         latent_size: int,
         features: Callable[..., PerceptualFeatures] | None,
-        layers: Sequence[str],
+        architectures: Sequence[str],
     ) -> None:
         super().__init__(image_shape)
         channels, size, _ = image_shape
         if size != SIDES[-1]:
             raise ValueError(f"this autoencoder grows from 8 to 64 pixels: set model.input.size=64, not {size}")
-        if len(widths) != len(SIDES) + 1 or len(layers) != len(SIDES):
+        if len(widths) != len(SIDES) + 1 or len(architectures) != len(SIDES):
             raise ValueError(
-                f"widths={list(widths)}, layers={list(layers)}: give the five channels at 4, 8, 16, 32 and 64 pixels, "
-                "and the four layers at 8, 16, 32 and 64"
+                f"widths={list(widths)}, architectures={list(architectures)}: give the five channels at 4, 8, 16, 32 "
+                "and 64 pixels, and the four architectures at 8, 16, 32 and 64"
             )
         self.encoder = GrowingEncoder(channels, widths, latent_size)
         self.generator = GrowingGenerator(channels, widths, latent_size)
-        made = {layer: None if features is None else features(architecture=layer) for layer in dict.fromkeys(layers)}
+        made = {
+            name: None if features is None else features(architecture=name) for name in dict.fromkeys(architectures)
+        }
         self.judges = nn.ModuleList()
-        for side, layer in zip(SIDES, layers, strict=True):
+        for side, name in zip(SIDES, architectures, strict=True):
             judge = RelativeL1()
-            judge.use_features((channels, side, side), made[layer])
+            judge.use_features((channels, side, side), made[name])
             self.judges.append(judge)
         self.register_buffer("fresh", torch.ones(()))
 
