@@ -191,8 +191,8 @@ classes has no row. A method counts once in a group, with the fewest changed key
 * *Between methods* held-out scores have different units: over all methods nothing is left of the correlation. Among
   the trained ones, most of them autoencoders that score by some reconstruction error, it is positive; whether by
   merit or by the accident of their units these runs cannot tell. Explained variance looks good until the mean image is
-  left out, whose explained variance is 0 by definition and which is mostly the weakest floor: nothing of it
-  is shown to remain. What it chooses is mostly PCA, which explains most; of the ablation's four small networks on
+  left out, whose explained variance is 0 by definition and which is mostly the weakest floor: what remains points
+  the other way. What it chooses is mostly PCA, which explains most; of the ablation's four small networks on
   MNIST the plain autoencoder explains most and detects worst, while GANomaly explains more and detects best. So it
   tells a network that learned no more than the mean image, and hardly ranks the others.
 * *Between settings of one method* a high explained variance and a low held-out score go with AUROC. The runs behind
@@ -202,7 +202,7 @@ classes has no row. A method counts once in a group, with the fewest changed key
 * *Between epochs of one run* the held-out score says no more than the number of the epoch, for it falls while a
   network trains. Later is better for encoder-decoder-encoders weighted 50 to 1, and worse for the adversarial ones
   weighted 1 to 1, the plain autoencoder on digits and HRN on Fashion-MNIST. Over all of them neither goes with AUROC.
-* Distinct scores guard against collapse and hardly rank. The parameter change ranks settings of one method, yet the one
+* Distinct scores guard against collapse and are no way to rank: between methods more of them go with a lower AUROC. The parameter change ranks settings of one method, yet the one
   that moves farthest is hardly better than one drawn by lot; between methods a larger change goes with a lower AUROC,
   and more epochs with a slightly higher one.
 
