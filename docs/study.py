@@ -191,8 +191,8 @@ classes has no row. A method counts once in a group, with the fewest changed key
 * *Between methods* held-out scores have different units: over all methods nothing is left of the correlation. Among
   the trained ones, most of them autoencoders that score by some reconstruction error, it is positive; whether by
   merit or by the accident of their units these runs cannot tell. Explained variance looks good until the mean image is
-  left out, whose explained variance is 0 by definition and which is mostly the weakest floor: what remains points
-  the other way. What it chooses is mostly PCA, which explains most; of the ablation's four small networks on
+  left out, whose explained variance is 0 by definition and which is mostly the weakest floor: nothing of it
+  is shown to remain. What it chooses is mostly PCA, which explains most; of the ablation's four small networks on
   MNIST the plain autoencoder explains most and detects worst, while GANomaly explains more and detects best. So it
   tells a network that learned no more than the mean image, and hardly ranks the others.
 * *Between settings of one method* a high explained variance and a low held-out score go with AUROC. The runs behind
