@@ -42,8 +42,8 @@ class AutoencodingGaussianProcess(Detector):
     v_i = 1 / [(K + s^2 I)^-1]_ii - s^2.
 
     *Guessed:* the value 1 for every normal image, from the nearest public family (one-class Gaussian processes:
-    Kemmler, Rodner & Denzler, ACCV 2010), which has both m and v for scores: v here, by ones of ``digits``, as m goes
-    past 1 between dense codes. The kernel, whose l^2 is the median of |z - z'|^2, for the likelihood of a constant
+    Kemmler, Rodner & Denzler, ACCV 2010), which has both m and v for scores: v here, by ones of ``digits`` (two digits
+    of MNIST had been seen), as m goes past 1 between dense codes. The kernel, whose l^2 is the median of |z - z'|^2, for the likelihood of a constant
     value grows with l without end; that v removes, too; the rounds and the share; DCGAN's networks and the squared
     error; V, for time.
 
