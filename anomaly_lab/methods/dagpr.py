@@ -43,9 +43,9 @@ class AutoencodingGaussianProcess(Detector):
 
     *Guessed:* the value 1 for every normal image, from the nearest public family (one-class Gaussian processes:
     Kemmler, Rodner & Denzler, ACCV 2010), which has both m and v for scores: v here, by ones of ``digits`` (two digits
-    of MNIST had been seen), as m goes past 1 between dense codes. The kernel, whose l^2 is the median of |z - z'|^2, for the likelihood of a constant
-    value grows with l without end; that v removes, too; the rounds and the share; DCGAN's networks and the squared
-    error; V, for time.
+    of MNIST had been seen), as m goes past 1 between dense codes. The kernel, whose l^2 is the median of |z - z'|^2,
+    for the likelihood of a constant value grows with l without end; that v removes, too; the rounds and the share;
+    DCGAN's networks and the squared error; V, for time.
 
     Args:
         width: channels after the first convolution. latent_size: d.
