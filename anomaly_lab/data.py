@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from lightning import LightningDataModule
 from torch import Tensor, nn
 
+from anomaly_lab import values
 from anomaly_lab.batches import Batch
 from anomaly_lab.datasets import Images
 from anomaly_lab.features import FeatureStore
@@ -132,6 +133,9 @@ class Augment:
     flip: bool = False
     crop: float = 1
     rotation: float = 0
+
+    def __post_init__(self) -> None:
+        values.refuse_ranges(shift=self.shift, flip=self.flip, crop=self.crop, rotation=self.rotation)
 
     def __call__(self, x: Tensor, generator: torch.Generator) -> Tensor:
         """x (B,C,S,S), on any device; ``generator`` of the CPU, so that every device sees the same maps."""
@@ -336,10 +340,10 @@ class OneClassData(LightningDataModule):
             supervised ceiling: a one-class method never sees either.
         known: train on the known anomalies too (`Partition.with_known`), marked in every batch: for methods that are
             `SEMI_SUPERVISED`, and for no other.
-        augment: of training batches of images, not of fixed features; None: they show the images as they are.
+        augment: of training batches; None: they show the images as they are.
 
     Raises:
-        ValueError: ``labels`` under a protocol that tests on all anomalies.
+        ValueError: ``labels`` under a protocol that tests on all anomalies; ``augment`` of fixed features.
     """
 
     def __init__(
@@ -373,6 +377,8 @@ class OneClassData(LightningDataModule):
                 f"model.batch_size={batch_size} has each of the {len(self.partition.train)} training images "
                 f"{batch_size // len(self.partition.train)} times: lower it"
             )
+        if augment is not None and prepare.features is not None:
+            raise ValueError("model.input.augment: fixed features are computed once for each image: set one to null")
         self._labels, self._known, self._augment = labels, known, augment
         self.batch_size, self._epoch_steps, self._score_batch_size = (
             batch_size,

@@ -119,16 +119,7 @@ def augmentation(cfg: DictConfig) -> dict[str, Any] | None:
         named = ", ".join(wrong) if OmegaConf.is_dict(given) else given
         raise ValueError(f"model.input.augment has no {named}: give some of shift, flip, crop and rotation, or null")
     parts = {str(key): value for key, value in given.items()}
-    numbers = {name: parts.get(name, least) for name, least in (("shift", 0), ("rotation", 0), ("crop", 1))}
-    if (
-        any(type(number) not in (int, float) or number < 0 for number in numbers.values())
-        or not 0 < numbers["crop"] <= 1
-        or type(parts.get("flip", False)) is not bool
-    ):
-        raise ValueError(
-            "model.input.augment: give shift (pixels) and rotation (degrees) from 0, crop above 0 up to 1, "
-            "flip true or false"
-        )
+    refuse_ranges(**parts)
     if cfg.model.input.get("features") is not None:
         raise ValueError("model.input.augment: fixed features are computed once for each image: set one to null")
     if cfg.model.optimizer is None:
@@ -141,3 +132,17 @@ def augmentation(cfg: DictConfig) -> dict[str, Any] | None:
             "model.input.augment: a captured step would repeat its first draws: set trainer.cuda_graphs=false"
         )
     return parts
+
+
+def refuse_ranges(*, shift: Any = 0, flip: Any = False, crop: Any = 1, rotation: Any = 0) -> None:
+    """Raise ValueError for an augmentation outside of its range: see `anomaly_lab.data.Augment`."""
+    numbers = (shift, crop, rotation)
+    if (
+        any(type(number) not in (int, float) or number < 0 for number in numbers)
+        or not 0 < crop <= 1
+        or type(flip) is not bool
+    ):
+        raise ValueError(
+            "model.input.augment: give shift (pixels) and rotation (degrees) from 0, crop above 0 up to 1, "
+            "flip true or false"
+        )

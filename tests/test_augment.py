@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -107,3 +108,9 @@ def test_what_makes_no_sense_is_refused(words: str, message: str, lab: Command) 
     line = said.out.splitlines()[0] if "--dry-run" in words else said.err
     assert said.code == 2 and message in line and said.err.count("\n") == ("--dry-run" not in words)
     assert not list(Path("runs").glob("*")), "nothing was begun"
+
+
+@pytest.mark.parametrize("given", [{"shift": -1}, {"crop": 0}, {"crop": 1.5}, {"rotation": -3}, {"flip": 1}])
+def test_augmentations_made_in_python_are_held_to_the_same_ranges(given: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match="give shift"):
+        Augment(**given)

@@ -262,7 +262,7 @@ ALLOWED = {
     "datasets": {"errors", "files", "pictures"},
     "pictures": {"errors"},
     "splits": set(),
-    "data": {"batches", "datasets", "features", "splits"},
+    "data": {"batches", "datasets", "features", "splits", "values"},
     "metrics": set(),
     "course": {"batches", "errors", "metrics"},
     "players": set(),

@@ -117,7 +117,7 @@ class AutoencodingGaussianProcess(Detector):
         """Step 2: which training images are in use, by the codes (N,d) of all, which it returns."""
         codes = torch.cat([self.encoder(x) for x in images.split(1000)])
         told = self._regress(codes, self.used)
-        variance = torch.cat([self.variance(z) for z in codes.split(1000)])  # (N,)
+        variance = torch.cat([self.moments(z)[1] for z in codes.split(1000)])  # (N,)
         variance[told] = 1 / self.inverse.diagonal() - self.noise_variance
         count = round(self.contamination * len(codes))
         order = variance.argsort(descending=True, stable=True)
@@ -142,20 +142,16 @@ class AutoencodingGaussianProcess(Detector):
         self.set_fitted("inverse", torch.cholesky_inverse(torch.linalg.cholesky(kernel + noise)))
         return told
 
-    def _kernel(self, z: Tensor) -> Tensor:
-        """k of codes (B,d) with those that the process was told of, float64 (B,V)."""
-        return (-squared_distances(z.double() - self.centre, self.support_codes) / self.scale).exp()
-
-    def variance(self, z: Tensor) -> Tensor:
-        """v of codes (B,d), float64 (B,)."""
-        k = self._kernel(z)
-        return 1 - ((k @ self.inverse) * k).sum(1)
+    def moments(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """m and v of codes (B,d), both float64 (B,)."""
+        k = (-squared_distances(z.double() - self.centre, self.support_codes) / self.scale).exp()  # (B,V)
+        return k @ self.inverse.sum(1), 1 - ((k @ self.inverse) * k).sum(1)
 
     def terms(self, x: Tensor) -> Mapping[str, Tensor]:
         z = self.encoder(x)
         error = (x - self.decoder(z)).square().mean((1, 2, 3))
-        mean = self._kernel(z) @ self.inverse.sum(1)
-        return {"variance": self.variance(z).to(x.dtype), "mean": (1 - mean).to(x.dtype), "reconstruction": error}
+        mean, variance = self.moments(z)
+        return {"variance": variance.to(x.dtype), "mean": (1 - mean).to(x.dtype), "reconstruction": error}
 
     def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
         return terms["variance"]
