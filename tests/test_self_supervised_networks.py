@@ -184,6 +184,7 @@ def test_pixelcnn_counts_bits_and_takes_away_those_of_a_png() -> None:
         sizes.append(len(file.getvalue()) * 8)
     assert terms["png_bits"].tolist() == sizes
     torch.testing.assert_close(made.score(x), terms["bits"] - 0.5 * terms["png_bits"])
+    torch.testing.assert_close(terms["corrected"], pixelcnn("model.detector.complexity_weight=1").combine(terms))
     flat = made.terms(torch.full((1, 1, 8, 8), 0.3))
     assert flat["png_bits"].item() < min(sizes), "a flat image is no cheaper"
 

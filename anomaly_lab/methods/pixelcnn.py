@@ -65,8 +65,8 @@ class GatedPixelCNN(Detector):
 
         A(x) = -log2 p(x) - complexity_weight * bits of the quantised x as PNG
 
-    Both are terms of the score; weight 0 is the likelihood alone, which published tables of it mean. There is no public
-    one-class code of it; sizes are ours.
+    Weight 0 is the likelihood alone, which published tables of it mean, and weight 1 theirs; every run records both as
+    terms, ``bits`` and ``corrected``. There is no public one-class code of it; sizes are ours.
 
     *Where we differ from the paper:* the channels of one pixel are independent given the pixels before it.
 
@@ -126,7 +126,8 @@ class GatedPixelCNN(Detector):
         self.record("bits", bits)
 
     def terms(self, x: Tensor) -> Mapping[str, Tensor]:
-        return {"bits": self.bits(x), "png_bits": png_bits(self.quantised(x), self.levels).to(x)}
+        bits, png = self.bits(x), png_bits(self.quantised(x), self.levels).to(x)
+        return {"bits": bits, "png_bits": png, "corrected": bits - png}
 
     def combine(self, terms: Mapping[str, Tensor]) -> Tensor:
         return terms["bits"] - self.complexity_weight * terms["png_bits"]
