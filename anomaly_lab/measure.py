@@ -25,16 +25,9 @@ from anomaly_lab.data import OneClassData
 from anomaly_lab.detector import Detector, scores
 from anomaly_lab.errors import RunFailed
 
-COLLAPSED = 1e-6
-"""Relative spread across images below which all reconstructions count as identical."""
-
 ALONE, COMPANY = 8, 0.01
 """Test images that are scored once more by themselves, and how far, in standard deviations of all scores, one may move:
 sums in another order, which a search at test time amplifies, move a score by less."""
-
-HARDLY_BEGUN = 100
-"""Steps before which reconstructions may be identical: initial weights of 0.02 make them so until they have grown."""
-
 
 ORACLES = ("oracle_auroc", "oracle_sorted_auroc")
 """What looks at test labels after every epoch, where it is asked for: `WatchTest`."""
@@ -64,7 +57,7 @@ def measure(job: Job, detector: Detector, data: OneClassData, history: Sequence[
         history: a row an epoch, with `ORACLES` where they were recorded.
 
     Raises:
-        Diverged: training collapsed: all images have the same score or the same reconstruction.
+        Diverged: training collapsed: all images have the same score.
         BatchDependentScore: see `refuse_company`.
     """
     trainer, partition, scored = job.cfg.trainer, data.partition, detector.scored
@@ -72,7 +65,6 @@ def measure(job: Job, detector: Detector, data: OneClassData, history: Sequence[
     val_score, score = scored.val.score, scored.test.score[at]
     if np.ptp(score) == 0:
         raise Diverged(f"training collapsed: every test image has the score {score[0]}; lower the learning rate")
-    _refuse_collapse(detector, data)
     refuse_company(detector, data, score)
     decided = None if scored.test.decided is None else scored.test.decided[at]
     terms = {name: term[at] for name, term in scored.test.terms.items()}
@@ -131,22 +123,6 @@ def refuse_company(detector: Detector, data: OneClassData, score: np.ndarray) ->
             f"score() looks at the other images of a batch: test image {chosen[worst]} has {score[chosen[worst]]:.6g} "
             f"among others and {alone[worst]:.6g} alone; score each image by itself (batch norm in eval mode, no "
             "statistics over a batch, the same noise for every image)"
-        )
-
-
-def _refuse_collapse(detector: Detector, data: OneClassData) -> None:
-    """Raise if all reconstructions are the same image; reads no label."""
-    if int(detector.steps_done) < HARDLY_BEGUN:
-        return
-    images = data.prepared("val", range(min(64, len(data.partition.val)))).to(detector.device)  # (B,C,S,S)
-    with torch.no_grad():
-        rebuilt = detector.reconstruct(images)
-    if rebuilt is None or images.std(0).max() == 0:
-        return
-    if rebuilt.std(0).max() < COLLAPSED * rebuilt.abs().mean():
-        raise Diverged(
-            f"training collapsed: {len(images)} different held-out images have the same reconstruction; "
-            "lower the learning rate"
         )
 
 

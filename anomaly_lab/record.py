@@ -31,6 +31,13 @@ SHARES = (
 )
 """Metrics that lie between 0 and 1, or are None."""
 
+LEARNED = 0.1
+"""A run is marked if its reconstructions explain less than this share of the held-out normals' variance around their
+mean image: one principal component explains .12 (a digit of MNIST) to .41 (a class of Fashion-MNIST) of it."""
+
+MOVED = 1e-3
+"""Relative change of the parameters below which a run is marked: the first Adam step of 2e-4 moves them further."""
+
 SUBMITTED = "ANOMALY_LAB_SUBMITTED"
 """Environment variable of a queued job: the `code` it was submitted with, as JSON."""
 

@@ -23,7 +23,8 @@ from typing import TYPE_CHECKING, NamedTuple
 from anomaly_lab import results, status
 from anomaly_lab.extras import Extra, extras
 from anomaly_lab.files import remove_parts, write_text
-from anomaly_lab.tables import LEARNED, LEVEL, MINIMUM_PAIRS, Cell, Comparison, Table, signed, significance, table
+from anomaly_lab.record import LEARNED
+from anomaly_lab.tables import LEVEL, MINIMUM_PAIRS, Cell, Comparison, Table, signed, significance, table
 
 if TYPE_CHECKING:
     import pandas as pd

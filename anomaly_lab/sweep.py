@@ -346,6 +346,15 @@ def _print_result(result: Mapping[str, Any], out: Path) -> None:
         )
     if result["metrics"]["oracle_auroc"] is not None:
         rows.append(("oracle AUROC", f"{measured['oracle_auroc']}  (best epoch on the test labels: not a result)"))
+    explained_share = result.get("learned", {}).get("explained_variance")  # earlier code measured none
+    if result["epochs"] and explained_share is not None and explained_share < record.LEARNED:
+        rows.append(
+            (
+                "did not learn",
+                f"reconstructions explain {explained_share:.0%} of the held-out normals' variance, the mean image 0%: "
+                "train longer or lower the learning rate",
+            )
+        )
     pictures = sorted(path.name for path in (out / "figures").glob("*.png"))
     rows += [
         ("training", f"{result['epochs']} epochs, {result['seconds']['fit']:.0f} s on {result['device']}"),

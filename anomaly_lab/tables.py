@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from anomaly_lab import results
+from anomaly_lab.record import LEARNED, MOVED
 from anomaly_lab.results import Published
 
 if TYPE_CHECKING:
@@ -22,18 +23,11 @@ LEVEL = 0.05
 MINIMUM_PAIRS = 6  # with five classes the smallest two-sided p-value of the signed-rank test is 0.0625
 
 
-LEARNED = 0.1
-"""A run is marked if its reconstructions explain less than this share of the held-out normals' variance around their
-mean image: one principal component explains .12 (a digit of MNIST) to .41 (a class of Fashion-MNIST) of it."""
-
 BLOCKS = ("floor", "from scratch", "pretrained", "ceiling")
 """Of methods that must not be ranked among each other."""
 
 FLOORS = ("mean_image", "pca", "knn")
 """Methods without a gradient that a detector has to be above to have learned anything."""
-
-MOVED = 1e-3
-"""Relative change of the parameters below which a run is marked: the first Adam step of 2e-4 moves them further."""
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from hydra.errors import HydraException
 
 from anomaly_lab import __version__, cli, config, grids, record, sweep
 from anomaly_lab.advice import NEIGHBOURS, advice
+from anomaly_lab.record import LEARNED
 
 TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 trainer.progress=false"
 
@@ -157,6 +158,8 @@ def test_one_run_prints_its_result_and_a_second_call_only_reads_it(lab: Command)
     result = json.loads(result_path.read_text())
     assert shown["AUROC"].startswith(f"{result['metrics']['auroc']:.3f}  (95 % interval ")
     assert shown["data"] == "digits, split pooled, normal class 0"
+    explained = result["learned"]["explained_variance"]
+    assert explained < LEARNED and shown["did not learn"].startswith(f"reconstructions explain {explained:.0%} of ")
     assert shown["balanced accuracy"].startswith("n/a  (14 held-out normals are too few for a threshold")
     assert "roc.png" in shown["figures"]
     before = result_path.stat().st_mtime_ns
