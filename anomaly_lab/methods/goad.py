@@ -34,7 +34,9 @@ class GOAD(Detector):
     *Where we differ from the authors' code:* the centres of the score are taken in eval mode (theirs while the last
     epoch trains); the paper's loss has no third term, and theirs adds 10 times the mean of f^2 in every run (``--reg``
     is true by default, and every value a command line can give it is), which keeps f some hundred times smaller; the
-    second of the two batch norms in each of their blocks is never used. Their ``--lr`` is parsed and never used.
+    second batch norm and ReLU in each of their blocks are never used, so nothing stands between its two convolutions;
+    kernels start as torch's (theirs He-normal). Their ``--eps``, 0 by default, is another: a floor of the squared
+    distances. Their ``--lr`` is parsed and never used.
 
     Args:
         depth, width: of the `WideResNet`, whose last layer is g.

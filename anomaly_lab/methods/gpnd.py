@@ -47,9 +47,12 @@ class GPND(Detector):
     determinant of J^T J.
 
     *Where we differ from the authors' code:* p_r is a kernel density (a Gaussian's, Scott's rule) where theirs is a
-    histogram of 30 bins with a floor of -1000 outside, and log p_k is computed as such, where theirs is the logarithm
-    of a density that underflows: both tie images, the most anomalous ones among them. No p_k has a shape above 10: a
-    fit to few codes runs away to a box, outside of which no code has a finite log density. D_x, G and E have one width.
+    histogram of 30 bins, 1e-308 beyond the last, and log p_k is computed as such, where theirs is the logarithm of a
+    density that underflows and their sum of it then -1000: both tie images, the most anomalous ones among them. No p_k
+    has a shape above 10: a fit to few codes runs away to a box, outside of which no code has a finite log density. D_x,
+    G and E have one width, convolutions have no bias, D_z starts from Glorot's weights (theirs from N(0, 0.02)). The
+    rates fall after the epoch of the schedule, theirs one epoch earlier. (2 pi)^(M/2) is theirs as well; a sphere's
+    area has 2 pi^(M/2), which shifts all scores alike.
     Their log |det S| has the other sign: they differentiate E, whose Jacobian is about the inverse of G's; ours is the
     paper's formula. Their threshold is chosen on anomalies, ours by the run from held-out normals. Images are in [-1,
     1] and brought to [0, 1] for BCE(x^, x) alone: the other terms change by a constant.

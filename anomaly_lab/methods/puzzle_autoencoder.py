@@ -63,9 +63,10 @@ class PuzzleAutoencoder(Detector):
 
     *Where we differ from the authors' code:* its divisors come from 851 held-out normals drawn anew at the test, most
     of which had trained; ours from the training images. Images are padded to 32 pixels, for the critic; the learning
-    rate stays, where theirs falls at plateaus; U enlarges by transposed convolutions (theirs bilinearly). They empty
-    one tile of every image, of colour into its grey mean, and draw one order other than the true one for a whole batch.
-    Their attack raises the error against the attacked puzzle itself and can reach 2 eps.
+    rate stays, where theirs falls at plateaus; U enlarges by transposed convolutions (theirs bilinearly, with half of
+    the channels at the lowest level). They empty the same tile of every image in a batch, of colour into its grey mean,
+    and draw one order other than the true one for all of them. Their attack raises the error against the attacked
+    puzzle itself and can reach 2 eps. Their critic's loss is half of this one, a factor that Adam divides out.
 
     Args:
         width: w, channels of U's first level. critic_width: of the critic. blank: probability. eps: radius of the

@@ -72,8 +72,9 @@ class RotationPrediction(Detector):
     With p the softmax of each head at what was really done, the score is the negative sum of the three means of p over
     all 36 views of an image. Their negative means are its terms.
 
-    *Where we differ from the authors' code:* no image is mirrored at random, so that digits stay digits; a step draws
-    one translation an image instead of going through all nine in an epoch nine times as long.
+    *Where we differ from the authors' code:* no image is mirrored or cropped at random, so that digits stay digits; a
+    step draws one translation an image instead of going through all nine in an epoch nine times as long; the network is
+    that of GeoTrans for images of 32 pixels (theirs, for 224, is a ResNet-18 with attention).
 
     Args:
         depth, width: of the `WideResNet`.

@@ -77,9 +77,10 @@ class FAnoGAN(WassersteinGAN):
     The anomaly score is L_E of the image.
 
     *Where we differ from the authors' code:* the networks are DCGAN's at our image size, 32 pixels, where theirs are
-    residual at 64; E has layer norm, as D. ``code_activation`` names three outputs of E: under a tanh no code has an
-    entry beyond 1, where a third of N(0, 1) lies; 3 tanh reaches nearly all of it. The dense generator of a port for
-    MNIST (A03ki/f-AnoGAN@900f9d6) has batch norm with eps 0.8, a slip: 0.8 was meant as its momentum.
+    residual at 64; E has layer norm, as D (theirs batch norm). ``code_activation`` names three outputs of E: under a
+    tanh no code has an entry beyond 1, where a third of N(0, 1) lies; 3 tanh reaches nearly all of it. The dense
+    generator of a port for MNIST (A03ki/f-AnoGAN@900f9d6) has batch norm with eps 0.8, a slip: 0.8 was meant as its
+    momentum.
 
     Args: as in `WassersteinGAN`, and
         kappa: weight of the features.
@@ -152,7 +153,8 @@ class ADGAN(WassersteinGAN):
     and the anomaly score is the mean over the starts of l at the end. All images of a batch are searched at once, each
     with a copy of theta of its own.
 
-    *Where we differ from that code:* batch norm is in eval mode in both moves (there, the one of theta normalises a
+    *Where we differ from that code:* the networks are DCGAN's, with kernels of 4×4 and layer norm in the critic (there,
+    of 3×3, and batch norm in both); batch norm is in eval mode in both moves (there, the one of theta normalises a
     batch of one image by itself); all test images are scored (there, 5000 drawn without a seed); the starts are drawn
     once, with the weights, so that a score depends on its image alone; l is read after the last moves (there, before
     the sixth one of z).
