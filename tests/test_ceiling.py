@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from finished import Runs
+from test_methods import detector, images
 
 from anomaly_lab import config, report, results
 from anomaly_lab.build import make_data
 from anomaly_lab.data import OneClassData
+from anomaly_lab.detector import Batch
 from anomaly_lab.run import run
 from anomaly_lab.tables import significance
 
@@ -45,6 +47,13 @@ def test_it_trains_on_labelled_anomalies_and_is_tested_as_everybody(data: Path, 
 def test_where_all_anomalies_are_tested_there_is_no_ceiling(data: Path) -> None:
     with pytest.raises(ValueError, match=r"model\.labels=true: this split tests on all anomalies"):
         made(CEILING, data, "split=one_abnormal", "normal_class=null", "abnormal_class=1")
+
+
+def test_its_loss_is_the_log_probability_of_the_label_and_its_score_that_of_an_anomaly() -> None:
+    ceiling, x, truth = detector(CEILING), images(), torch.arange(8) % 3 == 0
+    (losses,) = ceiling.plays(Batch(x, torch.arange(8), truth=truth))
+    p = torch.sigmoid(ceiling.score(x))
+    torch.testing.assert_close(losses["classifier"], -torch.where(truth, p, 1 - p).log().mean())
 
 
 @pytest.mark.slow

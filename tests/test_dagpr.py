@@ -99,6 +99,26 @@ def test_it_removes_whom_the_process_without_them_is_least_sure_of_and_takes_the
     assert len(made.dropped) == 3 and set(made.dropped.tolist()) != set(expected)
 
 
+def test_images_that_the_process_was_not_told_of_are_judged_by_the_whole_process() -> None:
+    options = ["contamination=0.3", "inner=1", "noise=0.5", "support=9"]
+    made, x = dagpr(*(f"model.detector.{option}" for option in options)), images(20)
+    made._images = PlainLoader([x], made.device, leaving_out=False)
+    with looking(made):
+        made.before_fit(x)
+        made.before_epoch(2)
+        codes = made.encoder(x).double() - made.centre
+    told = [int((codes - code).abs().sum(1).argmin()) for code in made.support_codes]
+    kernel = (-torch.cdist(codes, codes).square() / made.scale).exp()
+    unsure = []
+    for i in range(20):
+        seen = [place for place in told if place != i]
+        inside = kernel[seen][:, seen] + 0.5 * torch.eye(len(seen))
+        unsure.append(float(1 - kernel[i, seen] @ torch.linalg.solve(inside, kernel[seen, i])))
+    expected = sorted(sorted(range(20), key=lambda i: -unsure[i])[:6])
+    assert made.rejected_images()["dropped"].tolist() == expected
+    assert set(expected) & set(told) and set(expected) - set(told), "images of one kind alone would be removed"
+
+
 def test_one_code_for_all_images_has_one_score() -> None:
     made, x = dagpr(), images(12)
     with looking(made):

@@ -6,6 +6,7 @@ import itertools
 
 import pytest
 import torch
+from gradients import assert_alike
 from test_methods import batch, detector, images
 from torch import Tensor
 from torch.nn import functional as F
@@ -100,19 +101,19 @@ def goad(*overrides: str) -> GOAD:
 
 
 def test_its_loss_names_transformations_and_parts_their_centres() -> None:
-    made, x = goad("model.detector.margin=0.3", "model.detector.w_centre=0.7"), images()
-    (losses,) = made.plays(batch())
+    made, x = goad("model.detector.margin=0.3", "model.detector.w_centre=0.7").double(), images().double()
+    (losses,) = made.plays(batch()._replace(x=x))
     f = made.features(torch.cat(by_hand(x, False, 0))).view(4, 8, -1)
     logits = made.classifier(f.flatten(0, 1)).view(4, 8, 4)
     centres = [f[k].mean(0) for k in range(4)]
-    total = torch.zeros(())
+    total = torch.zeros((), dtype=torch.float64)
     parted = 0
     for k, i in itertools.product(range(4), range(8)):
         own = ((f[k, i] - centres[k]) ** 2).sum()
         nearest = torch.stack([((f[k, i] - centres[j]) ** 2).sum() for j in range(4) if j != k]).min()
         total = total + (F.relu(own + 0.3 - nearest) * 0.7 - logits[k, i].log_softmax(0)[k]) / 32
         parted += int(own + 0.3 < nearest)
-    torch.testing.assert_close(losses["network"], total)
+    assert_alike(losses["network"], total, made.features, made.classifier)
     assert parted < 32, "no image is within the margin"
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from gradients import assert_alike
 from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
@@ -288,12 +289,22 @@ def test_who_moves_in_which_play(update: str, expected: list[set[str]]) -> None:
     assert moves(update) == expected
 
 
-def test_in_the_simultaneous_game_the_encoders_see_the_reconstruction_alone() -> None:
-    made, x = shared("model.detector.update=simultaneous"), images()
+@pytest.mark.parametrize("update", ["alternating", "decoder", "simultaneous", "none"])
+def test_each_player_moves_on_its_own_equation(update: str) -> None:
+    made, x = shared(f"model.detector.update={update}").double(), images().double()
     made.epochs_done.fill_(3)
-    (losses,) = made.plays(Batch(x, torch.arange(8)))
-    p = made.passes(x)
-    torch.testing.assert_close(losses["encoders"], made.rec_weight() * (made.loss_rec1(p) + made.loss_rec2(p)))
+    printed = transcription(made, x, 4, 1.5, 0.7)
+    one, two, both = printed["ede1"], printed["ede2"], printed["rec1"] + printed["rec2"]
+    expected: dict[str, list[dict[str, Tensor]]] = {
+        "alternating": [{"ede1": one}, {"ede2": two}],
+        "decoder": [{"decoder1": one}, {"ede2": two + printed["rec1"] / 4}],
+        "simultaneous": [{"decoder1": one, "decoder2": two, "encoders": both / 4}],
+        "none": [{"both": both}],
+    }
+    for losses, wanted in zip(made.plays(batch()._replace(x=x)), expected[update], strict=True):
+        assert losses.keys() == wanted.keys()
+        for player, loss in losses.items():
+            assert_alike(loss, wanted[player], *made.players()[player])
 
 
 def test_the_second_play_sees_the_networks_the_first_one_moved() -> None:

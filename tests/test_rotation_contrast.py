@@ -29,24 +29,28 @@ def grey(count: int, seed: int = 0, shape: tuple[int, int, int] = (3, 16, 16)) -
 
 def test_the_contrast_is_that_of_its_formula() -> None:
     z = F.normalize(torch.randn(4 * 2 * 3, 5, generator=torch.Generator().manual_seed(0), dtype=torch.double))
+    z.requires_grad_()
     tau, inliers = 0.5, 6
     e = [[(a @ b / tau).exp() for b in z] for a in z]
 
     def log_share(i: int, j: int) -> Tensor:
         return (e[i][j] / sum(e[i][a] for a in range(24) if a != i)).log()
 
-    q = [sum(e[j][k] for k in range(inliers)) / inliers for j in range(inliers)]
-    expected_in, expected_out = torch.zeros(2, dtype=torch.double)
+    q = [sum(e[j][k].detach() for k in range(inliers)) / inliers for j in range(inliers)]
+    expected_in, expected_out = torch.zeros((), dtype=torch.double), torch.zeros((), dtype=torch.double)
     for i in range(inliers):
         others = [j for j in range(inliers) if j != i]
         total = sum(q[j] for j in others)
-        expected_in -= sum(q[j] / total * log_share(i, j) for j in others) / inliers
+        expected_in = expected_in - sum(q[j] / total * log_share(i, j) for j in others) / inliers
     for i in range(inliers, 24):
         rotation, view, image = i // 6, i // 3 % 2, i % 3
-        expected_out -= log_share(i, rotation * 6 + (1 - view) * 3 + image) / 18
+        expected_out = expected_out - log_share(i, rotation * 6 + (1 - view) * 3 + image) / 18
     found_in, found_out = contrast(z, tau)
     torch.testing.assert_close(found_in, expected_in)
     torch.testing.assert_close(found_out, expected_out)
+    for found, expected in ((found_in, expected_in), (found_out, expected_out)):
+        (one,), (other,) = (torch.autograd.grad(loss, z, retain_graph=True) for loss in (found, expected))
+        torch.testing.assert_close(one, other)
 
 
 def test_the_loss_adds_the_rotation_of_the_same_views() -> None:
@@ -77,6 +81,28 @@ def test_views_are_crops_in_changed_colours() -> None:
     none = [f"model.detector.{key}" for key in ("crop=1", "jitter=0", "grey=0", "flip=false")]
     torch.testing.assert_close(made(*none).augmented(grey(5)), grey(5))
     assert made(shape=(1, 16, 16)).augmented(grey(5, shape=(1, 16, 16))).shape == (5, 1, 16, 16)
+
+
+def test_a_view_is_cropped_and_mirrored_then_changed_in_brightness_contrast_and_saturation() -> None:
+    found, x = made("model.detector.jitter=0.3", "model.detector.grey=0.5"), grey(40)
+    state = found.noise.get_state()
+    views = found.augmented(x)
+    found.noise.set_state(state)
+
+    def drawn() -> Tensor:
+        return torch.rand(40, 1, 1, 1, generator=found.noise)
+
+    mirrored = drawn().flatten() < 0.5
+    cut = cropped(x, found.boxes_of(40), torch.where(mirrored, -1.0, 1.0))
+    brightness, contrast_, saturation = (0.7 + 0.6 * drawn() for _ in range(3))
+    coloured = drawn() >= 0.5
+    for one, view, *given in zip(cut, views, brightness, contrast_, saturation, coloured, strict=True):
+        b, c, s, has_colour = (value.item() for value in given)
+        one = (b * one).clamp(0, 1)
+        one = (one.mean() + c * (one - one.mean())).clamp(0, 1)
+        luminance = 0.299 * one[0] + 0.587 * one[1] + 0.114 * one[2]
+        torch.testing.assert_close(view, (luminance + s * has_colour * (one - luminance)).clamp(0, 1))
+    assert 8 < mirrored.sum() < 32 and 8 < coloured.sum() < 32
 
 
 @pytest.mark.parametrize("norm_power", [0, 1])

@@ -104,6 +104,12 @@ def test_lsa_losses_and_score_are_the_papers_equations() -> None:
 
     error, nll = terms(x)
     torch.testing.assert_close(losses["lsa"], error.mean() + 0.5 * nll.mean())
+    # The density reaches the encoder, through what the estimator sees and not through the bins.
+    weights = list(made.encoder.parameters())
+    gradients = [torch.autograd.grad(one.mean(), weights) for one in (made.terms(x)["nll"], nll)]
+    for found, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-7)
+    assert max(gradient.abs().max() for gradient in gradients[1]) > 1e-4
     with torch.no_grad():
         made.terms(images(30, seed=2))
         made.eval().after_fit(images(30, seed=2))
@@ -207,6 +213,24 @@ def test_patches_are_kept_farthest_first() -> None:
     assert farthest_first(points, 4).tolist() == [0, 2, 3, 1]
 
 
+def test_patchcore_keeps_a_share_of_the_patches_by_distances_in_a_random_projection() -> None:
+    made, normal = (
+        detector("patchcore", "model.detector.share=0.1", "model.detector.projected=2").eval(),
+        images(8, seed=2),
+    )
+    assert isinstance(made, PatchCore)
+    with torch.no_grad():
+        state = made.noise.get_state()
+        made.after_fit(normal)
+        made.noise.set_state(state)
+        patches = torch.cat([made.patches(one[None])[0] for one in normal])
+        places = patches @ torch.randn(patches.shape[1], 2, generator=made.noise)
+    kept = [0]
+    while len(kept) < round(0.1 * len(patches)):
+        kept.append(int(torch.stack([(places - places[one]).norm(dim=1) for one in kept]).amin(0).argmax()))
+    torch.testing.assert_close(made.get_buffer("bank"), patches[kept])
+
+
 def test_patchcore_is_the_oddest_patch_weighted_by_its_neighbours() -> None:
     made, x = detector("patchcore", "model.detector.share=0.2", "model.detector.k=3").eval(), images(4)
     assert isinstance(made, PatchCore)
@@ -264,6 +288,21 @@ def test_an_attack_raises_the_error_within_its_reach() -> None:
     attacked = made.attacked(x, x)
     assert (attacked - x).abs().max() <= 0.1 + 1e-6 and attacked.min() >= 0 and attacked.max() <= 1
     assert F.mse_loss(made.unet(attacked), x) > F.mse_loss(made.unet(x), x)
+
+
+def test_an_attack_is_one_step_from_noise_along_the_gradient_of_the_error_against_the_image() -> None:
+    made, x = puzzle(), (images(4) + 1) / 2
+    with torch.no_grad():
+        for parameter in made.unet.parameters():
+            parameter.mul_(1.5)  # untrained, it answers all puzzles alike
+    given = joined(tiles(x)[:, [3, 1, 0, 2]])
+    state = made.noise.get_state()
+    attacked = made.attacked(given, x)
+    made.noise.set_state(state)
+    d = (0.1 * (2 * torch.rand(x.shape, generator=made.noise) - 1)).requires_grad_()
+    (gradient,) = torch.autograd.grad(((made.unet(given + d) - x) ** 2).mean(), d)
+    expected = (given + (d + 0.2 * gradient.sign()).clamp(-0.1, 0.1)).clamp(0, 1)
+    torch.testing.assert_close(attacked, expected.detach())
 
 
 def test_the_unet_moves_first_and_the_critic_sees_what_it_rebuilt_before() -> None:

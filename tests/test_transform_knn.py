@@ -59,6 +59,12 @@ def test_the_loss_is_that_of_its_formula() -> None:
     torch.testing.assert_close(found.centres, 0.9 * before + 0.1 * torch.stack([one.mean(0) for one in h]).detach())
 
 
+def test_the_first_batch_places_the_centres() -> None:
+    found, x = made(), images()
+    list(found.plays(batch()))
+    torch.testing.assert_close(found.centres, torch.stack([one.mean(0) for one in features(found, x)]).detach())
+
+
 def test_the_score_weighs_each_transformation_by_how_well_held_out_normals_tell_it() -> None:
     found, x = made("model.detector.neighbours=3").eval(), images(4)
     found.head.weight.data.mul_(20)  # so that some are told
