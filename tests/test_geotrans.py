@@ -69,6 +69,10 @@ def test_its_score_is_the_log_density_of_dirichlet_distributions_fitted_to_norma
     made, x = geotrans().eval(), images(3)
     expected, softmax = torch.zeros(3, dtype=torch.float64), torch.zeros(3)
     with torch.no_grad():
+        answers = [made.classifier(view).double().log_softmax(1) for view in by_hand(images(30, seed=2), True, 0)]
+        torch.testing.assert_close(made.get_buffer("alpha"), torch.stack([most_likely_dirichlet(y) for y in answers]))
+        # Untrained, all answers are alike and alpha is so large that alpha - 1 is alpha.
+        made.set_fitted("alpha", torch.rand(8, 8, generator=torch.Generator().manual_seed(4)).double() * 3 + 0.2)
         for number, view in enumerate(by_hand(x, True, 0)):
             alpha = made.get_buffer("alpha")[number]
             p = made.classifier(view).double().softmax(1)
