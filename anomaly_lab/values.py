@@ -5,6 +5,7 @@ Imports neither torch nor Lightning: a dry run refuses what the run would.
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,16 @@ from anomaly_lab.errors import refuse_fewer
 
 LEFT_OUT = ("model.detector", "model.optimizer", "model.scheduler", "model.budget.stages", "model.input.")
 """Sections that may be null, and those below them."""
+
+MODEL_KEYS = {
+    "model": (
+        *("detector", "members", "optimizer", "scheduler", "clip", "budget", "batch_size", "input"),
+        *("published", "pretrained", "labels"),
+    ),
+    "model.budget": ("epochs", "steps", "epoch_steps", "stages"),
+    "model.input": ("size", "fit", "range", "channels", "augment", "features"),
+}
+"""All keys that a model's yaml may have; what stands below the detector, and the like, is for those to judge."""
 
 
 def refuse(
@@ -26,12 +37,13 @@ def refuse(
         switches, numbers: keys whose default is true or false, or a number.
 
     Raises:
-        ValueError: a seed that is no whole number, a number that is none, a switch that is neither true nor false
-            (``no`` and ``off`` are texts, which Python takes for true), one value in the place of a section, a
-            precision, a batch, a budget or an augmentation that there is not.
+        ValueError: a seed that is no whole number, a key of the model that nothing reads, a number that is none, a
+            switch that is neither true nor false (``no`` and ``off`` are texts, which Python takes for true), one value
+            in the place of a section, a precision, a batch, a budget or an augmentation that there is not.
     """
     if type(cfg.seed) is not int or cfg.seed < 0:
         raise ValueError(f"seed={cfg.seed}: give a whole number from 0")
+    _refuse_unread(cfg)
     _refuse_flat_sections(cfg, own_keys)
     for keys, kinds, give in ((switches, (bool,), "true or false"), (numbers, (int, float), "a number")):
         for key in keys:
@@ -63,6 +75,17 @@ def sections(section: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[Any,
 def key_of(section: str, keys: Collection[Any]) -> str | None:
     """Of a section the key that a user who gives it one value may mean; None where that cannot be said."""
     return next((f"{section}.{name}" for name in ("rate", "lr", "size", "epochs") if name in keys), None)
+
+
+def _refuse_unread(cfg: DictConfig) -> None:
+    """Refuse keys of a model's yaml that nothing reads: the run of a misspelt one would be that without it."""
+    for section, known in MODEL_KEYS.items():
+        given = OmegaConf.select(cfg, section)
+        for key in given if OmegaConf.is_dict(given) else ():
+            if key not in known:
+                near = difflib.get_close_matches(str(key), known, n=1)
+                write = f"write {section}.{near[0]}" if near else f"there are {', '.join(known)}"
+                raise ValueError(f"{section}.{key} of model={cfg.choices.model} is read by nothing: {write}")
 
 
 def _refuse_flat_sections(cfg: DictConfig, expected: Mapping[str, Sequence[str]]) -> None:

@@ -665,6 +665,24 @@ def test_the_yaml_of_a_method_without_gradients_holds_its_own_numbers_only(users
     assert result is not None and result["epochs"] == result["steps"] == 0 and result["metrics"]["auroc"] > 0.9
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (
+            "schedular: {_target_: torch.optim.lr_scheduler.StepLR}",
+            r"model\.schedular of model=mine .*: write model\.sch",
+        ),
+        ("bugdet: {epochs: 3}", r"model\.bugdet of model=mine is read by nothing: write model\.budget$"),
+        ("budget: {epoch: 3}", r"write model\.budget\.epochs$"),
+        ("input: {colours: 1}", r"model\.input\.colours .*: there are size, fit, range, channels, augment, features$"),
+    ],
+)
+def test_a_key_of_ones_own_yaml_that_nothing_reads_is_refused(users: Path, line: str, said: str) -> None:
+    (users / "mine.yaml").write_text(f"# k-NN.\ndetector: {{_target_: neighbours.Neighbours, k: 3}}\n{line}\n")
+    with pytest.raises(ValueError, match=said):
+        config.job(config.compose(["model=mine", "normal_class=0"]))
+
+
 def test_what_a_yaml_lacks_is_named_at_once_with_its_file(users: Path) -> None:
     from anomaly_lab.run import make_detector
 
