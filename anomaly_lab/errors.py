@@ -103,6 +103,8 @@ def explained(error: Exception) -> str | None:
         return f"there is no {group}={name}: choose among {', '.join(error.options)}"
     if isinstance(error, InstantiationException) and isinstance(cause, ValueError):
         return flat(str(cause))  # what a data set, a split or a method says about its parameters
+    if isinstance(error, InstantiationException):
+        return _not_made(text, cause)
     if isinstance(error, MissingMandatoryValue):
         return f"{error.full_key} has no value: give {error.full_key}=..."
     if isinstance(error, OverrideParseException):
@@ -115,6 +117,23 @@ def explained(error: Exception) -> str | None:
         return f"{cause.full_key} cannot be set ({why}): anomaly-lab --cfg job shows the keys there are"
     mistake = isinstance(error, HydraException | OmegaConfBaseException | ValueError | OSError)
     return text if mistake else None
+
+
+def _not_made(text: str, cause: BaseException | None) -> str:
+    """What Hydra says of a class that it could not find or call, with the reason, which it keeps to itself."""
+    if not text.startswith("Error locating target"):
+        lacks = "'params'" in text or "'optimizer'" in text  # which only an optimiser and a schedule are given later
+        return text + ": give it _partial_: true" * ("missing 1 required positional argument" in text and lacks)
+    while cause is not None and cause.__cause__ is not None:
+        cause = cause.__cause__
+    said = text.partition(", set env var")[0]
+    target = said.partition("'")[2].rstrip("'")
+    module, _, name = target.rpartition(".")
+    missing = cause.name if isinstance(cause, ModuleNotFoundError) else None
+    if cause is None or missing == target:
+        return f"{said}: {module} has no {name}"
+    path = ": PYTHONPATH must name the folder of modules of your own" * (missing == target.partition(".")[0])
+    return f"{said}: {type(cause).__name__}: {shortened(cause)}{path}"
 
 
 def _quoted(override: str) -> str:
