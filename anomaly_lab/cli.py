@@ -397,6 +397,8 @@ def score(argv: Sequence[str] | None = None) -> int:
     for fault in broken:
         print(f"left out: {fault}", file=sys.stderr)
     print(f"{len(files) - len(broken)} images scored: {asked.out}")
+    if fitted.threshold is None and fitted.result.get("decided_by") != "own rule":
+        print(f"no decisions: {predict.NO_THRESHOLD}", file=sys.stderr)
     return DONE
 
 

@@ -28,6 +28,11 @@ if TYPE_CHECKING:
     from anomaly_lab.data import Prepare
     from anomaly_lab.detector import Detector
 
+NO_THRESHOLD = (
+    "this run held out too few normal images for a threshold (20 are needed): make it again with a larger "
+    "split.val_share"
+)
+
 FILES_AT_ONCE = 256
 
 
@@ -80,10 +85,7 @@ class FittedDetector:
         """
         decided = self.decisions(images, self.score(images))
         if decided is None:
-            raise ValueError(
-                "this run held out too few normal images for a threshold (20 are needed): use score(), or make the run "
-                "again with a larger split.val_share"
-            )
+            raise ValueError(f"use score(): {NO_THRESHOLD}")
         return decided
 
     def anomaly_map(self, images: NDArray[np.uint8]) -> NDArray[np.float32] | None:

@@ -185,9 +185,10 @@ class Split(ABC):
         tested_anomalous = _without(parts.test_anomalous, np.concatenate([added, known]))
         tested = {"normal": parts.test_normal, "anomalous": tested_anomalous}
         if absent := [kind for kind, test in tested.items() if not len(test)]:
+            alone = ", or train without a test: anomaly_lab.AnomalyDetector, docs/arrays.md"
             raise ValueError(
                 f"{images.name} has no {absent[0]} images to test {self.role} class {name!r} on: "
-                "choose another class or split"
+                "choose another class or split" + alone * (len(np.unique(images.labels)) == 1)
             )
         test = self._thin(images, list(tested.values()), self.max_test, "max_test", seed)
 

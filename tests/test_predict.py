@@ -289,6 +289,17 @@ def test_all_unreadable_images_are_named_and_left_out_on_request(made, pngs, tmp
     assert [row["image"] for row in rows] == [str(path) for path in kept]
 
 
+def test_a_run_without_a_threshold_says_why_it_decides_nothing(made, pngs, tmp_path, capsys) -> None:
+    folder = shutil.copytree(made.out, tmp_path / made.out.parent.name / made.out.name)
+    result = json.loads((folder / "result.json").read_text())
+    result["metrics"]["threshold"] = None
+    (folder / "result.json").write_text(json.dumps(result))
+    words = [str(pngs[0]), "--out", str(tmp_path / "scores.csv")]
+    assert cli.score([str(made.out), *words]) == 0 and capsys.readouterr().err == ""
+    assert cli.score([str(folder), *words]) == 0
+    assert capsys.readouterr().err.startswith("no decisions: this run held out too few normal images for a threshold")
+
+
 def test_a_folder_without_images_is_said(made, tmp_path, capsys) -> None:
     assert cli.score([str(made.out), str(tmp_path)]) == 2
     assert "no images (.bmp" in capsys.readouterr().err
