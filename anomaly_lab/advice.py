@@ -43,9 +43,10 @@ def advice(error: Exception, overrides: Sequence[str]) -> str | None:
     Also of one that names no file of its group, but a number or null.
     """
     if "Config group override must be" in str(error):
-        numbers = (one for one in config.parse(overrides) if not isinstance(one.value(), str | list))
-        one = next(one for one in numbers if "." not in one.get_key_element())
-        name = one.get_key_element()
+        chosen = {
+            one.get_key_element(): one for one in config.parse(overrides) if not isinstance(one.value(), str | list)
+        }
+        name, one = next((n, one) for n, one in chosen.items() if "." not in n and n not in config.TOP_LEVEL)
         return f"{one.input_line}: {name} is chosen by name, {name}=NAME; anomaly-lab --help shows all"
     wrong = unknown_key(error)
     if wrong is None:

@@ -79,6 +79,7 @@ TINY = "model.budget.epochs=1 model.budget.epoch_steps=1 model.detector.width=4 
         ("anomalies=mnist", "anomalies cannot be set: write split=ood split.anomalies=mnist; "),
         ("split=50", "split=50: split is chosen by name, split=NAME; anomaly-lab --help shows all"),
         ("-m dataset=null seed=0,1", "dataset=null: dataset is chosen by name, dataset=NAME; "),
+        ("normal_class=3 seed=1 model=5", "model=5: model is chosen by name, model=NAME; "),
         ("split.known=null", "split.known=null: it has keys of its own, write split.known.rate=..."),
         ("split.contamination=0.1", "it has keys of its own, write split.contamination.rate=0.1"),
         ("normal_class=café", """quote the value and the whole, "normal_class='café'", or give the index"""),
