@@ -117,6 +117,11 @@ def _of_the_user() -> list[Path]:
     return sorted(path for path in Path(extra).rglob("*.yaml") if path.is_file()) if extra else []
 
 
+def _written() -> tuple[object, ...]:
+    """What changes when the user's yamls do: part of the key under which something made of them is cached."""
+    return (*search_path(), *((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in _of_the_user()))
+
+
 def compose(overrides: Sequence[str] = ()) -> DictConfig:
     """The configuration of one run, as ``anomaly-lab OVERRIDES`` sees it, with the group choices under ``choices``.
 
@@ -127,9 +132,8 @@ def compose(overrides: Sequence[str] = ()) -> DictConfig:
         hydra.errors.HydraException: an override that does not parse, or names no config or key.
     """
     files = tuple(word for word in overrides if not _SETS_A_KEY.match(word))
-    written = (*search_path(), *((str(path), path.stat().st_mtime_ns, path.stat().st_size) for path in _of_the_user()))
     try:
-        before = _composed(_canonical(files), written)
+        before = _composed(_canonical(files), _written())
         return _with_keys(before.copy(), overrides, before)
     except (HydraException, OmegaConfBaseException):
         return without_hydra(compose_with_hydra(overrides))  # it raises, and names the override
@@ -277,8 +281,8 @@ class _Defaults(NamedTuple):
 
 
 @functools.lru_cache(maxsize=256)
-def _defaults(size: str, choices: tuple[str, ...]) -> _Defaults:
-    """What the yamls of the chosen groups say at that size."""
+def _defaults(size: str, choices: tuple[str, ...], written: tuple[object, ...]) -> _Defaults:
+    """What the yamls of the chosen groups say at that size, the user's own as they were ``written`` last."""
     groups = zip(GROUPS, choices, strict=True)
     cfg = compose([f"size={size}", *(f"{group}={choice}" for group, choice in groups)])
     plain = {group: OmegaConf.to_container(cfg[group], resolve=True) for group in GROUPS}
@@ -290,7 +294,7 @@ def _defaults(size: str, choices: tuple[str, ...]) -> _Defaults:
 
 
 def _defaults_of(cfg: DictConfig) -> _Defaults:
-    return _defaults(_size(cfg), tuple(cfg.choices[group] for group in GROUPS))
+    return _defaults(_size(cfg), tuple(cfg.choices[group] for group in GROUPS), _written())
 
 
 def reduced(cfg: DictConfig) -> bool:
@@ -301,7 +305,7 @@ def reduced(cfg: DictConfig) -> bool:
     """
     has_sizes = _defaults_of(cfg).sizes
     rest = tuple(cfg.choices[group] for group in GROUPS[1:])
-    sized = (_defaults(_size(cfg), (name, *rest)).sizes for name in _named_members(cfg))
+    sized = (_defaults(_size(cfg), (name, *rest), _written()).sizes for name in _named_members(cfg))
     return (has_sizes or any(sized)) and _size(cfg) == "small"
 
 

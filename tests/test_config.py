@@ -535,6 +535,7 @@ def test_ones_own_yamls_are_composed_as_they_were_written_last(tmp_path: Path, m
     for more in ("", "new: 1\n", ""):
         mine.write_text(text + more)
         assert ("new" in config.compose(["model=mine"]).model) == bool(more)
+        assert config.changed(config.compose(["model=mine"])) == {}, "its defaults are the file's present ones"
 
 
 @pytest.mark.parametrize(
