@@ -68,8 +68,8 @@ class Prepare:
             raise ValueError(f"model.input.fit={self.fit}: choose pad or resize")
         if self.channels not in (None, 1, 3):
             raise ValueError(f"model.input.channels={self.channels}: choose 1, 3 or null")
-        if self.size < 1 or not self.value_range[0] < self.value_range[1]:
-            raise ValueError("model.input needs a size of at least 1 and a range of two growing numbers")
+        if type(self.size) is not int or self.size < 1 or not self.value_range[0] < self.value_range[1]:
+            raise ValueError("model.input needs a whole size of at least 1 and a range of two growing numbers")
 
     def __call__(self, pixels: Tensor) -> Tensor:
         return self.seen(self.image(pixels))

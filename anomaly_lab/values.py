@@ -6,6 +6,7 @@ Imports neither torch nor Lightning: a dry run refuses what the run would.
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -37,9 +38,10 @@ def refuse(
         switches, numbers: keys whose default is true or false, or a number.
 
     Raises:
-        ValueError: a seed that is no whole number, a key of the model that nothing reads, a number that is none, a
-            switch that is neither true nor false (``no`` and ``off`` are texts, which Python takes for true), one value
-            in the place of a section, a precision, a batch, a budget or an augmentation that there is not.
+        ValueError: a seed that is no whole number, a key of the model that nothing reads, a number that is none (nor
+            null), a switch that is neither true nor false (``no`` and ``off`` are texts, which Python takes for true),
+            one value in the place of a section, an input range, a precision, a batch, a budget or an augmentation that
+            there is not.
     """
     if type(cfg.seed) is not int or cfg.seed < 0:
         raise ValueError(f"seed={cfg.seed}: give a whole number from 0")
@@ -47,10 +49,15 @@ def refuse(
     _refuse_flat_sections(cfg, own_keys)
     for keys, kinds, give in ((switches, (bool,), "true or false"), (numbers, (int, float), "a number")):
         for key in keys:
-            value = OmegaConf.select(cfg, key)
-            if value is not None and type(value) not in kinds:  # None: the key's section is another, or gone
-                raise ValueError(f"{key}={value}: give {give}")
+            section, _, name = key.rpartition(".")
+            inside, value = OmegaConf.select(cfg, section), OmegaConf.select(cfg, key)
+            if value is None and (kinds == (bool,) or not OmegaConf.is_dict(inside) or name not in inside):
+                continue  # a switch that is off; or the key's section is another, or gone
+            if type(value) not in kinds:
+                raise ValueError(f"{key}={'null' if value is None else value}: give {give}")
     model, trainer = cfg.model, cfg.trainer
+    refuse_fewer(1, "model.input", size=model.input.size)
+    _refuse_range(model.input.range)
     if not 0 < trainer.threshold_quantile < 1:
         raise ValueError(f"trainer.threshold_quantile={trainer.threshold_quantile}: give a number between 0 and 1")
     counts = {name: trainer[name] for name in ("threads", "score_batch_size") if trainer[name] is not None}
@@ -62,6 +69,14 @@ def refuse(
     if model.optimizer is not None:  # else nobody reads it
         _refuse_budget(cfg)
     augmentation(cfg)
+
+
+def _refuse_range(given: Any) -> None:
+    """Refuse what 0 and 255 cannot become: `Prepare` does arithmetic with both."""
+    numbers = list(given) if OmegaConf.is_list(given) else []
+    finite = all(type(number) in (int, float) and math.isfinite(number) for number in numbers)
+    if len(numbers) != 2 or not finite or numbers[0] >= numbers[1]:
+        raise ValueError(f"model.input.range={given}: give two growing numbers, such as [-1,1]")
 
 
 def sections(section: Any, prefix: str = "") -> Iterator[tuple[str, Mapping[Any, Any]]]:

@@ -35,6 +35,14 @@ EXPERIMENTS = sorted(path.stem for path in (config.CONFIG_DIR / "experiment").gl
         ("trainer.feature_cache_gb=abc", "feature_cache_gb=abc: give a number"),
         ("model.input.size=abc", "model.input.size=abc: give a number"),
         ("model.input.size=true", "model.input.size=True: give a number"),
+        ("model.input.size=null", "model.input.size=null: give a number"),
+        ("model.input.size=32.5", "model.input.size=32.5: give a whole number from 1"),
+        ("trainer.threshold_quantile=null", "threshold_quantile=null: give a number"),
+        ("trainer.feature_cache_gb=null", "feature_cache_gb=null: give a number"),
+        *(
+            (f"model.input.range={word}", "two growing numbers")
+            for word in ("null", "5", "[0]", "[0,inf]", "[a,b]", "[1,0]")
+        ),
         ("trainer.precision=16", "trainer.precision=16: choose 32-true, tf32 or bf16-mixed"),
         ("trainer.checkpoint_every=0", "trainer.checkpoint_every=0: give a whole number from 1"),
         ("model.batch_size=0", "model.batch_size=0: give a whole number from 2"),
