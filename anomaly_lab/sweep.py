@@ -111,7 +111,7 @@ def open_journal(runs: Path) -> Iterator[Journal]:
     """The journal of one sweep, in the folder of runs, for as long as the sweep lasts."""
     runs.mkdir(parents=True, exist_ok=True)
     for path in runs.glob(".sweep-*.jsonl"):  # of killed sweeps: no process has their lock
-        with open(path, "rb") as left, suppress(OSError):
+        with suppress(OSError), open(path, "rb") as left:  # its sweep may have ended by now
             if take_lock(left):
                 path.unlink()
     new = (runs / f".sweep-{uuid.uuid4().hex[:8]}.new").resolve()

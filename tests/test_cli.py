@@ -437,8 +437,11 @@ def test_a_sweeps_journal_outlives_torn_lines_and_is_not_made_anew_by_late_jobs(
     assert journal.jobs() == []
     left = tmp_path / "runs/.sweep-0123abcd.jsonl"
     left.write_text("of a sweep that was killed")
+    gone = tmp_path / "runs/.sweep-89abcdef.jsonl"
+    gone.symlink_to("nowhere")  # as where another sweep removes its own after it was listed
     with sweep.open_journal(tmp_path / "runs"):
         assert not left.exists()
+    gone.unlink()
     assert not list((tmp_path / "runs").iterdir())
 
 
