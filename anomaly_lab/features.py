@@ -11,6 +11,7 @@ import os
 import shutil
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -120,12 +121,12 @@ class FeatureStore:
         """Remove the least recently used folders until ``needed`` bytes more are within the limit."""
         assert self._root is not None
         folders = [path for path in self._root.iterdir() if path.is_dir()] if self._root.is_dir() else []
-        sizes = {path: sum(file.stat().st_size for file in path.iterdir()) for path in folders}
-        total = sum(sizes.values()) + needed
-        for old in sorted(sizes, key=lambda path: path.stat().st_mtime):
+        used = {path: _use(path) for path in folders}
+        total = sum(size for _, size in used.values()) + needed
+        for old, (_, size) in sorted(used.items(), key=lambda item: item[1]):
             if total > self._limit and old != folder:
                 shutil.rmtree(old, ignore_errors=True)  # whoever reads there makes again what is gone
-                total -= sizes[old]
+                total -= size
         return total <= self._limit
 
     def _read(self, folder: Path | None, block: int, device: torch.device) -> Tensor:
@@ -145,6 +146,19 @@ class FeatureStore:
         if folder is not None:
             self._keep(folder, block, features)
         return features
+
+
+def _use(folder: Path) -> tuple[float, int]:
+    """When a folder was used last, and its bytes; what other processes rename or remove meanwhile has none."""
+    try:
+        last, files = folder.stat().st_mtime, [*folder.iterdir()]
+    except FileNotFoundError:
+        return 0.0, 0
+    size = 0
+    for file in files:
+        with suppress(FileNotFoundError):
+            size += file.stat().st_size
+    return last, size
 
 
 def _file(folder: Path, block: int) -> Path:

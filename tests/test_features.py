@@ -142,6 +142,19 @@ def test_a_folder_that_cannot_be_written_to_costs_time_alone(tmp_path: Path, cap
     assert torch.equal(found.float(), expected(np.arange(30))) and caplog.text.count("cannot be kept") == 1
 
 
+def test_what_another_process_renames_meanwhile_is_no_reason_to_keep_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    made = store(tmp_path)
+    folder = made._folder(CPU)
+    assert folder is not None
+    folder.mkdir()
+    (folder / ".00001.npz.0123abcd.part").symlink_to("nowhere")  # listed, and gone when it is asked for its size
+    (tmp_path / "other").mkdir()
+    made(np.arange(8), CPU)
+    assert list(folder.glob("*.npz")) and not caplog.text
+
+
 def test_values_beyond_half_precision_are_refused() -> None:
     with pytest.raises(ValueError, match="do not fit float16"):
         store(None, factor=1e6)(np.arange(4), CPU)
