@@ -66,12 +66,14 @@ def queue() -> Queue | None:
 def place(folder: Path, queued: Callable[[], Queue | None]) -> Place | None:
     """Where the job of the run in ``folder`` is; None without one, or when it has left the queue.
 
+    A ``job.json`` that cannot be read names no job: it is written whole, so somebody else wrote it.
+
     Args:
         queued: gives the `queue`; called only where a run was submitted.
     """
     try:
         job = str(json.loads((folder / JOB_FILE).read_text(encoding="utf-8"))["job"])
-    except FileNotFoundError:
+    except (OSError, ValueError, KeyError, TypeError):
         return None
     jobs = queued()
     if jobs is None:  # another machine, or the controller is down: what was submitted counts as queued

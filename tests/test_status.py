@@ -107,6 +107,13 @@ def test_a_job_that_began_and_is_gone_without_a_word_has_failed(tmp_path: Path, 
     assert states(tmp_path / "runs")["n0"][0] == "running"
 
 
+@pytest.mark.parametrize("content", ["no JSON", "{}", "[]", '{"job'])
+def test_a_job_file_that_cannot_be_read_hides_no_other_run(content: str, tmp_path: Path) -> None:
+    folder(tmp_path, 0, job_json=content)
+    folder(tmp_path, 1, result_json=json.dumps(RESULT | {"identity": RESULT["identity"] | {"normal_class": 1}}))
+    assert {name: state for name, (state, _) in states(tmp_path).items()} == {"n0": "interrupted", "n1": "done"}
+
+
 def test_status_asks_slurm_once_and_tells_where_a_job_is(tmp_path: Path, squeue: Callable[[str], None]) -> None:
     runs, asked = tmp_path / "runs", tmp_path / "asked"
     for number in range(5):
