@@ -282,11 +282,11 @@ def report(argv: Sequence[str] | None = None) -> int:
         elif asked.dashboard:
             report.save_dashboard(asked.dashboard)
         elif asked.prune:
-            report.prune(asked.runs)
+            report.prune(asked.runs, asked.experiment)
         elif asked.ranking:
             from anomaly_lab import ranking
 
-            ranking.write(asked.runs, asked.out)
+            ranking.write(asked.runs, asked.out, asked.experiment)
         elif asked.status:
             report.print_states(asked.runs, asked.experiment)
         else:

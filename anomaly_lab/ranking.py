@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 from anomaly_lab import results
 from anomaly_lab.files import write_text
-from anomaly_lab.report import markdown_table
+from anomaly_lab.report import markdown_table, selected
 from anomaly_lab.tables import LEVEL, holm
 
 if TYPE_CHECKING:
@@ -182,15 +182,16 @@ def best_epochs_markdown(frame: pd.DataFrame) -> list[str]:
     return markdown_table(header, rows) if rows else ["No run watched the test AUROC after each of several epochs."]
 
 
-def write(runs: Path, out: Path | None = None) -> None:
-    """Print the ranking of the finished runs under `runs`; write ranking.md and .png, by default where a report goes.
+def write(runs: Path, out: Path | None = None, experiment: str | None = None) -> None:
+    """Print the ranking of the finished runs under `runs`, or of those of an experiment; write ranking.md and .png, by
+    default where a report goes.
 
     Raises:
-        ValueError: too few methods share problems (`ranking`), or runs that cannot share a table.
+        ValueError: too few methods share problems (`ranking`), or runs that cannot share a table; or there are none.
     """
     from anomaly_lab import figures
 
-    frame = results.read(runs)
+    frame, _, _ = selected(runs, experiment)
     results.refuse_mixtures(frame)
     shown = ranking(frame)
     out = out or runs / "report"

@@ -554,11 +554,12 @@ def print_states(runs: Path, experiment: str | None = None) -> None:
     print(status.text(status.under(runs, expected)))
 
 
-def prune(runs: Path) -> None:
-    """Reduce the checkpoints of the finished runs under `runs` to what scores new images."""
+def prune(runs: Path, experiment: str | None = None) -> None:
+    """Reduce the checkpoints of the finished runs under `runs`, or of an experiment's grid, to what scores images."""
     from anomaly_lab import run  # torch and Lightning: seconds
 
-    folders = [runs / state.path for state in status.under(runs) if state.state == "done"]
+    expected = None if experiment is None else _grid(experiment)
+    folders = [runs / state.path for state in status.under(runs, expected) if state.state == "done"]
     freed = [run.prune(folder) for folder in folders]
     pruned = sum(amount > 0 for amount in freed)
     print(f"pruned {pruned} of {len(folders)} finished runs: {sum(freed) / 1e6:.1f} MB less")

@@ -17,7 +17,7 @@ from conftest import Command, Said
 from lightning import Callback
 from omegaconf import DictConfig
 
-from anomaly_lab import cli, config
+from anomaly_lab import cli, config, grids
 from anomaly_lab.build import load_checkpoint
 from anomaly_lab.config import Job
 from anomaly_lab.errors import RunFailed
@@ -299,10 +299,17 @@ def test_one_run_out_of_memory_is_a_failure_and_the_sweep_goes_on(
 
 
 def test_pruned_checkpoints_still_score_and_only_the_optimisers_are_lost(
-    tmp_path: Path, data: Path, undisturbed: DictConfig, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path,
+    data: Path,
+    undisturbed: DictConfig,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     cfg = tiny(tmp_path / "runs", data)
     assert run(cfg) is not None
+    monkeypatch.setattr(grids, "expected_runs", lambda name: [])
+    assert cli.report([str(tmp_path / "runs"), "--prune", "--experiment", "another"]) == 0
+    assert capsys.readouterr().out == "pruned 0 of 0 finished runs: 0.0 MB less\n", "it is no run of that experiment"
     _, interrupted = stopped(tmp_path / "others", data)
     before, kept = (config.job(cfg).out / "last.ckpt").stat().st_size, interrupted.read_bytes()
     images = config.load_images(cfg).pixels[:20]

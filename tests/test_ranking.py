@@ -14,7 +14,7 @@ from finished import AE, Runs
 from programs import load
 from scipy.stats import f, rankdata
 
-from anomaly_lab import cli, config, figures, ranking, results
+from anomaly_lab import cli, config, figures, grids, ranking, results
 
 ROOT = Path(__file__).parent.parent
 
@@ -158,6 +158,20 @@ def test_the_command_ranks_runs(runs: Runs, capsys: pytest.CaptureFixture[str]) 
     assert written.strip() in printed and "3 methods on 3 problems" in written
     assert (runs.root / "report/ranking.png").read_bytes()[:4] == b"\x89PNG"
     assert cli.report([str(runs.root / "nothing"), "--ranking"]) == 2
+
+
+def test_an_experiments_runs_alone_are_ranked_and_damaged_ones_are_named(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for c in range(3):
+        for number, model in enumerate([AE, "ede_small", "ganomaly_small", "knn"]):
+            runs.add(0.9 - 0.1 * number, model=model, c=c, experiment=None if model == "knn" else "mine")
+    broken = next(runs.root.glob("knn/**/result.json"))
+    broken.write_text("{")
+    monkeypatch.setattr(grids, "expected_runs", lambda name: [])
+    assert cli.report([str(runs.root), "--ranking", "--experiment", "mine"]) == 0
+    out, err = capsys.readouterr()
+    assert "3 methods on 3 problems" in out and "knn" not in out and f"{broken} is damaged" in err
 
 
 def test_the_committed_page_is_what_its_generator_writes() -> None:
