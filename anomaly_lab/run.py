@@ -215,7 +215,7 @@ def _fuse(job: Job, members: Sequence[Job], tracker: tracking.Tracker, lock: Loc
         for part, scores in found.items():
             sums[part] += surprisal(scores, normal).numpy()
         results[result["identity"]["model"]] = result
-    one = next(iter(results.values()))
+    one, code = next(iter(results.values())), _code()
     shown: Any = OmegaConf.to_container(job.cfg, resolve=True)
     for key in ("pretrained", "labels"):  # tables list such runs in blocks of their own
         theirs = [made["config"]["model"][key] for made in results.values() if made["config"]["model"].get(key)]
@@ -238,8 +238,8 @@ def _fuse(job: Job, members: Sequence[Job], tracker: tracking.Tracker, lock: Loc
         "config": shown,
         "settings": job.settings,
         "experiment": job.cfg.choices.experiment,
-        "git": _code(),
-        "earlier_code": [made["git"] for made in results.values()],
+        "git": code,
+        "earlier_code": [made["git"] for made in results.values() if made["git"] != code],
         "versions": _versions(),
         "finished": _now(),
         "seconds": {part: sum(made["seconds"][part] for made in results.values()) for part in ("fit", "score")},

@@ -48,6 +48,7 @@ def test_a_fused_run_adds_its_members_surprise_and_makes_those_that_are_missing(
     }
     assert result["metrics"]["auroc"] > min(result["by_term"].values())
     assert len(result["by_kind"]["auroc"]) == 9
+    assert result["earlier_code"] == [], "its members were made by the same code"
     drawn = sorted(path.name for path in (config.job(cfg).out / "figures").iterdir())
     assert drawn == ["reconstructions.png", "roc.png", "scores.png"]
     assert run(cfg) == result, "it is not made twice"
