@@ -143,7 +143,8 @@ def resources(threads: int | None = None) -> Iterator[None]:
         threads: ``trainer.threads``; None: all cores, or the launcher's share of them where several runs are at work.
     """
     if threads is None and "OMP_NUM_THREADS" not in os.environ:
-        threads = len(os.sched_getaffinity(0))
+        affinity = getattr(os, "sched_getaffinity", None)  # macOS has none
+        threads = len(affinity(0)) if affinity else os.cpu_count()
     with ExitStack() as stack:
         if threads is not None:
             stack.enter_context(_number_of_threads.kept())

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import platform
+import resource
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,7 +19,7 @@ from torch import Tensor, nn
 from anomaly_lab import config, metrics, results
 from anomaly_lab.build import make_data
 from anomaly_lab.detector import Detector
-from anomaly_lab.measure import _fitted, batch_norm_leak
+from anomaly_lab.measure import _fitted, batch_norm_leak, peak_memory
 from anomaly_lab.methods.classical import BANDWIDTHS
 from anomaly_lab.run import run
 
@@ -112,3 +115,16 @@ def test_a_network_that_rebuilds_the_mean_image_explains_no_variance(tmp_path: P
     assert begun["learned"]["explained_variance"] < 0.1 < 0.3 < trained["learned"]["explained_variance"] < 1
     assert 0 < begun["learned"]["parameter_change"] < trained["learned"]["parameter_change"]
     assert trained["learned"]["distinct_scores"] == len(np.unique(arrays["score"]))
+
+
+@pytest.mark.parametrize(("system", "said"), [("Darwin", 512 * 2**20), ("FreeBSD", 512 * 2**10)])
+def test_the_peak_of_memory_is_in_mb_wherever_there_is_no_proc(
+    system: str, said: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(*_: object, **__: object) -> str:
+        raise FileNotFoundError
+
+    monkeypatch.setattr(Path, "read_text", missing)
+    monkeypatch.setattr(platform, "system", lambda: system)
+    monkeypatch.setattr(resource, "getrusage", lambda _: SimpleNamespace(ru_maxrss=said))
+    assert peak_memory() == 512

@@ -43,6 +43,11 @@ def test_threads_are_all_cores_or_the_launchers_share(monkeypatch: pytest.Monkey
     monkeypatch.delenv("OMP_NUM_THREADS")
     with switches.resources():
         assert torch.get_num_threads() == before + 2
+    with monkeypatch.context() as macos:
+        macos.delattr(os, "sched_getaffinity")
+        macos.setattr(os, "cpu_count", lambda: before + 3)
+        with switches.resources():
+            assert torch.get_num_threads() == before + 3
     with switches.resources(before + 1):
         assert torch.get_num_threads() == before + 1
     with pytest.raises(RuntimeError), switches.of_a_run("32-true", 0):
