@@ -153,9 +153,10 @@ class Dataset(ABC):
     config: ClassVar[str]  # the reader's file in conf/dataset, as users name it on the command line
 
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
+        if not isinstance(self.name, str) or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", self.name):
             raise ValueError(
-                f"dataset.name={self.name!r} becomes a file name: use letters, digits, '.', '_' and '-' only"
+                f"dataset.name={self.name!r} becomes a file name: give a text of letters, digits, '.', '_' and '-' (a "
+                "number in quotes is one)"
             )
 
     @property

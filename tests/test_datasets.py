@@ -590,6 +590,7 @@ def test_a_folder_of_the_wrong_layout_is_explained(
 @pytest.mark.parametrize(
     ("options", "part"),
     [
+        ({"name": 2024}, "dataset.name=2024 becomes a file name: give a text"),
         ({"name": "a/b"}, "dataset.name='a/b'"),
         ({"name": ""}, "dataset.name=''"),
         ({"name": "x", "size": 0}, "dataset.size=0"),
