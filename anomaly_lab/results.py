@@ -378,10 +378,12 @@ def read_pages(folder: Path) -> dict[str, pd.DataFrame]:
 
 
 def from_rows(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
-    """The frame of rows by the names of its columns, such as `rows_of` gives; parameters that a row lacks are None."""
+    """The frame of rows by the names of its columns, such as `rows_of` gives; what a row lacks is an empty text in a
+    column of texts, as `read_csv` has it, and None in others."""
     keys = sorted({key for row in rows for key in row if "." in key})
-    names = [*(column.name for column in COLUMNS), *keys]
-    return _frame([{name: row.get(name) for name in names} for row in rows], keys)
+    empty: dict[str, Any] = {column.name: "" if column.kind is str else None for column in COLUMNS}
+    lacking = empty | dict.fromkeys(keys)
+    return _frame([lacking | {name: row[name] for name in lacking if row.get(name) is not None} for row in rows], keys)
 
 
 def fault(row: Mapping[str, Any]) -> str:
@@ -502,7 +504,7 @@ def union(frames: Mapping[str, pd.DataFrame]) -> pd.DataFrame:
             raise ValueError(f"{label} has two results in {' and '.join(same['source'])}: make the older one again")
     runs = runs[runs["device"] == runs.groupby(key)["device"].transform("first")]
     runs["sources"] = runs.groupby(key)["source"].transform(lambda names: [tuple(names)] * len(names))
-    known = (runs.notna() & (runs != "")).sum(axis=1)  # a text that a frame lacks is empty in one and None in another
+    known = (runs.notna() & (runs != "")).sum(axis=1)
     fullest = runs.assign(known=known).sort_values("known", ascending=False, kind="stable")
     runs = fullest.drop_duplicates(key).drop(columns=["known", "source"]).sort_index()
     refuse_mixtures(runs)

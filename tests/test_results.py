@@ -253,3 +253,14 @@ def test_status_of_an_experiment_lists_what_is_missing(
     out = capsys.readouterr().out
     assert f"missing     {AE}/mnist/official/n1/s0" in out and "n9" not in out
     assert "2 runs: 1 done, 1 missing" in out
+
+
+def test_rows_of_code_that_did_not_know_a_column_are_rows_like_any_other(runs: Runs) -> None:
+    for c in (0, 1):
+        runs.add(0.9, c=c)
+    later = ("device", "images", "settings", "decided_by", "earlier_code")
+    rows = [{k: v for k, v in row.items() if k not in later} for row in results.rows_of(results.read(runs.root))]
+    frame = results.from_rows(rows)
+    assert (frame[[*later]] == "").all(axis=None), "as read_csv has them"
+    results.refuse_mixtures(frame)  # unknown images are no other images
+    assert len(results.union({"one": frame})) == 2, "a run of an unknown device is a run"
