@@ -273,6 +273,9 @@ def report(argv: Sequence[str] | None = None) -> int:
         ".json that anomaly-lab-check-submission can hold to their scores; or a folder, for a file of each method",
     )
     asked = parser.parse_args(argv)
+    instead = [name for name in ("status", "prune", "dashboard", "scores", "submission") if getattr(asked, name)]
+    if asked.out and instead:
+        return _mistake(parser.prog, f"--out says where a report goes, and --{instead[0]} writes none: leave one out")
 
     from anomaly_lab import report
 
@@ -296,7 +299,8 @@ def report(argv: Sequence[str] | None = None) -> int:
     except OSError as error:
         if error.errno not in UNWRITABLE:
             return _mistake(parser.prog, explained(error) or str(error))
-        why = f"{error.filename} cannot be written: {UNWRITABLE[error.errno]}; name another folder with --out DIR"
+        other = "--scores FILE" if asked.scores else "--submission FILE" if asked.submission else "--out DIR"
+        why = f"{error.filename} cannot be written: {UNWRITABLE[error.errno]}; name another place with {other}"
         return _mistake(parser.prog, why, FAILED)
     except ValueError as error:
         return _mistake(parser.prog, str(error))

@@ -30,6 +30,21 @@ def parameters_of(networks: Sequence[nn.Module]) -> list[nn.Parameter]:
     return list(dict.fromkeys(parameter for network in networks for parameter in network.parameters()))
 
 
+def refuse_unowned(detector: nn.Module, players: Mapping[str, Sequence[nn.Module]]) -> None:
+    """Refuse a detector that has players and, beside theirs, parameters that nobody would ever move.
+
+    Raises:
+        ValueError: names the first one.
+    """
+    owned = {id(parameter) for networks in players.values() for parameter in parameters_of(networks)}
+    free = [name for name, p in detector.named_parameters() if p.requires_grad and id(p) not in owned]
+    if players and free:
+        raise ValueError(
+            f"{free[0]} belongs to no player, so it would never learn: give its network to a player in players(), or "
+            "networks.freeze() it"
+        )
+
+
 def with_optimizers(players: Mapping[str, Sequence[nn.Module]], optimizers: Any) -> dict[str, Player]:
     """Each player's networks with its optimiser, in the players' order; Lightning gives a single one without a list."""
     found = optimizers if isinstance(optimizers, list) else [optimizers]
@@ -53,6 +68,10 @@ def minimise(losses: Mapping[str, Tensor], players: Mapping[str, Player], clip: 
     Args:
         losses: scalars by player. clip: largest L2 norm of one player's gradient; None does not clip.
     """
+    assert isinstance(losses, Mapping), "plays() yields {player: loss} for each move: write yield where it returns one"
+    assert losses.keys() <= players.keys(), (
+        f"plays() moves {', '.join(losses.keys() - players.keys())}; players() names {', '.join(players) or 'none'}"
+    )
     gradients: dict[str, list[tuple[nn.Parameter, Tensor | None]]] = {}
     for position, (name, loss) in enumerate(losses.items()):
         parameters = [parameter for parameter in players[name].parameters if parameter.requires_grad]
@@ -96,7 +115,7 @@ class Learning:
         """What Lightning's ``configure_optimizers`` returns: one optimiser a player, in the players' order.
 
         Raises:
-            ValueError: a player has no optimiser.
+            ValueError: a player has no optimiser, or the optimiser or the schedule cannot be made.
         """
         optimizers = []
         for name, networks in players.items():
@@ -110,7 +129,10 @@ class Learning:
                     f"model.optimizer makes no optimiser ({error}): anomaly-lab --cfg job shows it"
                 ) from error
         pairs = zip(players, optimizers, strict=True)
-        made = [make(optimizer) for name, optimizer in pairs if (make := self._schedule_of(name)) is not None]
+        try:
+            made = [make(optimizer) for name, optimizer in pairs if (make := self._schedule_of(name)) is not None]
+        except TypeError as error:
+            raise ValueError(f"model.scheduler makes no schedule ({error}): anomaly-lab --cfg job shows it") from error
         return (optimizers, made) if made else optimizers
 
     def _schedule_of(self, player: str) -> SchedulerFactory | None:

@@ -443,10 +443,11 @@ def _provenance(frame: pd.DataFrame) -> str:
     devices = " and ".join(sorted({device or "unknown" for device in frame["device"]}))
     hours = frame["seconds"].sum() / 3600
     text = f"{len(frame)} run{'s' if len(frame) > 1 else ''}, {hours:.1f} hours in all, on {devices}; code {shas}"
-    resumed = [sha for shas in frame["earlier_code"] for sha in shas.split()]
-    if resumed:
-        number = int((frame["earlier_code"] != "").sum())
-        text += f"; {number} of them begun by other code ({', '.join(sorted(set(resumed)))})"
+    pairs = zip(frame["earlier_code"], frame["git_sha"], strict=True)
+    begun = [others for shas, own in pairs if (others := set(shas.split()) - {own})]
+    if begun:
+        number, resumed = len(begun), set().union(*begun)
+        text += f"; {number} of them begun by other code ({', '.join(sorted(resumed))})"
     dirty = int(frame["dirty"].sum())
     return text + (f"; {dirty} of them from a tree with uncommitted changes." if dirty else ".")
 

@@ -437,6 +437,8 @@ def _summary(jobs: Sequence[Sequence[str]], *, searched: bool) -> int:
         assert left[0].job is not None
         print(f"the jobs go on by themselves: anomaly-lab-report {left[0].job.cfg.runs} --status")
         return DONE
+    if "damaged" in states:
+        print("delete the files that are damaged")
     print("the same command tries again what is not done")
     return FAILED
 

@@ -243,6 +243,18 @@ def test_a_sweep_goes_on_after_a_failure_counts_it_and_tries_it_again(lab: Comma
     assert result.stat().st_mtime_ns == done_at
 
 
+def test_a_sweep_over_a_damaged_result_says_to_delete_it(lab: Command) -> None:
+    assert lab("-m model=mean_image trainer.progress=false logger=none").code == 0
+    [result] = Path("runs").rglob("result.json")
+    result.write_text(result.read_text()[:-20])
+    code, out, err = lab("-m model=mean_image trainer.progress=false logger=none")
+    assert code == cli.FAILED and "result.json is damaged" in err
+    assert out.splitlines()[-2:] == [
+        "delete the files that are damaged",
+        "the same command tries again what is not done",
+    ]
+
+
 def test_a_run_that_fails_in_a_queued_job_is_the_jobs_failure(lab: Command, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(record.SUBMITTED, "null")
     code, out, err = lab(f"-m {TINY} normal_class=99")

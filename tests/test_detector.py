@@ -180,6 +180,57 @@ def test_players_have_their_own_optimisers_and_schedules(data: OneClassData, tmp
     ] * 2
 
 
+class Stranger(Noisy):
+    """Moves whom players() does not name."""
+
+    def plays(self, batch: Batch) -> Iterator[Mapping[str, Tensor]]:
+        yield {"third": self.a(batch.x.flatten(1)).square().mean()}
+
+
+class Returning(Noisy):
+    """Returns its only move."""
+
+    def plays(self, batch: Batch) -> Any:
+        return {"first": self.a(batch.x.flatten(1)).square().mean()}
+
+
+class Orphan(Noisy):
+    """Has a network that belongs to no player."""
+
+    def players(self) -> Mapping[str, Sequence[nn.Module]]:
+        return {"first": [self.a]}
+
+
+def unfinished(optimizer: torch.optim.Optimizer) -> Any:
+    return torch.optim.lr_scheduler.StepLR(optimizer)  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "error", "message"),
+    [
+        (Stranger, {}, AssertionError, r"plays\(\) moves third; players\(\) names first, second"),
+        (Returning, {}, AssertionError, "write yield where it returns one"),
+        (
+            Orphan,
+            {},
+            ValueError,
+            r"b\.weight belongs to no player, so it would never learn: give its network to a player",
+        ),
+        (Noisy, {"scheduler": unfinished}, ValueError, r"model\.scheduler makes no schedule \(.*step_size"),
+    ],
+)
+def test_a_game_that_cannot_be_played_is_refused_with_its_reason(
+    data: OneClassData,
+    tmp_path: Path,
+    kind: type[Noisy],
+    options: dict[str, Any],
+    error: type[Exception],
+    message: str,
+) -> None:
+    with pytest.raises(error, match=message):
+        trainer(tmp_path, 1).fit(kind(data.image_shape, optimizer=sgd(0.01), **options), data)
+
+
 def test_images_can_be_left_out_of_training(data: OneClassData, tmp_path: Path) -> None:
     detector = Noisy(data.image_shape, optimizer=sgd(0.01))
     trainer(tmp_path, 1).fit(detector, data)

@@ -232,6 +232,17 @@ def test_code_that_only_began_a_run_is_named_and_its_uncommitted_changes_count(r
     assert list(frame["earlier_code"]) == ["", "a" * 12 + " unknown"] and list(frame["dirty"]) == [False, True]
     said = report.experiment_readme(frame, "# Title\n", "the command")
     assert f"code 0123456789ab; 1 of them begun by other code ({'a' * 12}, unknown); 1 of them from a tree" in said
+    frame["earlier_code"] = frame["git_sha"]
+    assert "begun by" not in report.experiment_readme(frame, "# Title\n", "the command"), "its own code is no other"
+
+
+@pytest.mark.parametrize("other", ["--status", "--prune", "--scores=x.npz", "--submission=x.json"])
+def test_a_place_for_a_report_is_refused_where_none_is_written(
+    runs: Runs, other: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    runs.add(0.9)
+    assert cli.report([str(runs.root), "--out", str(runs.root / "x"), other]) == 2
+    assert f"and {other.partition('=')[0]} writes none: leave one out" in capsys.readouterr().err
 
 
 def test_figures_name_what_runs_share_once(runs: Runs) -> None:
