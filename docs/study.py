@@ -195,17 +195,19 @@ classes has no row. A method counts once in a group, with the fewest changed key
   is shown to remain. What it chooses is mostly PCA, which explains most; of the ablation's four small networks on
   MNIST the plain autoencoder explains most and detects worst, while GANomaly explains more and detects best. So it
   tells a network that learned no more than the mean image, and hardly ranks the others.
-* *Between settings of one method* a high explained variance and a low held-out score go with AUROC. The runs behind
-  explained variance are all of one family, shared autoencoders and their ablation, some settings of which learn
-  nothing: what is told apart is learning from not learning. These settings were also looked at when the criterion was
-  proposed. Most of the groups behind the held-out score are classical methods on digits.
+* *Between settings of one method* a low held-out score and a high explained variance go with AUROC. Explained variance
+  does so where some settings learn nothing, as shared autoencoders do under some weights: learning is told from not
+  learning, and these settings were also looked at when the criterion was proposed. Where all settings learn it may
+  point the wrong way: with a larger code the plain autoencoder explains more of two digits and, above a size of 16,
+  [detects worse](../experiments/sensitivity/README.md). Most of the groups behind the held-out score are classical
+  methods on digits.
 * *Between epochs of one run* the held-out score says no more than the number of the epoch, for it falls while a
   network trains. Later is better for encoder-decoder-encoders weighted 50 to 1, and worse for the adversarial ones
   weighted 1 to 1, the plain autoencoder on digits and HRN on Fashion-MNIST. Over all of them neither goes with AUROC.
-* Distinct scores guard against collapse and are no way to rank: between methods more of them go with a lower AUROC. The
-  parameter change ranks settings of one method, yet the one
-  that moves farthest is hardly better than one drawn by lot; between methods a larger change goes with a lower AUROC,
-  and more epochs with a slightly higher one.
+* Distinct scores guard against collapse and are no way to rank: between methods more of them go with a lower AUROC. Of
+  the parameter change nothing is shown between settings of one method, and the one that moves farthest is no better
+  than one drawn by lot; between methods a larger change goes with a lower AUROC, and more epochs with a slightly higher
+  one.
 
 ## What it does not say
 
