@@ -204,9 +204,9 @@ classes has no row. A method counts once in a group, with the fewest changed key
 * *Between epochs of one run* the held-out score says no more than the number of the epoch, for it falls while a
   network trains. Later is better for encoder-decoder-encoders weighted 50 to 1, and worse for the adversarial ones
   weighted 1 to 1, the plain autoencoder on digits and HRN on Fashion-MNIST. Over all of them neither goes with AUROC.
-* Distinct scores guard against collapse and are no way to rank: between methods more of them go with a lower AUROC. Of
-  the parameter change nothing is shown between settings of one method, and the one that moves farthest is no better
-  than one drawn by lot; between methods a larger change goes with a lower AUROC, and more epochs with a slightly higher
+* Distinct scores guard against collapse and are no way to rank: between methods more of them go with a lower AUROC. The
+  parameter change hardly ranks settings of one method, and the one that moves farthest is hardly better than one drawn
+  by lot; between methods a larger change goes with a lower AUROC, and more epochs with a slightly higher
   one.
 
 ## What it does not say
