@@ -46,6 +46,7 @@ def _release(detector: Detector) -> None:
 
 
 def _stands_for_data(key: str) -> bool:
+    key = key.strip()  # of "seed = 1"; Hydra says what is wrong with the other keys
     section, _, name = key.partition(".")
     return key in NOT_OF_ARRAYS or (section == "split" and name not in OF_SPLIT)
 
@@ -113,6 +114,9 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
         pixels = self._pixels(X)
         if isinstance(self.overrides, str):
             raise ValueError(f"overrides={self.overrides!r} is one text: give a list of key=value")
+        listed = isinstance(self.overrides, list | tuple)
+        if not listed or not all(isinstance(word, str) for word in self.overrides):
+            raise ValueError(f"overrides={self.overrides!r}: give a list of texts key=value")
         given = list(self.overrides)
         if wrong := [word for word in given if _stands_for_data(word.split("=")[0].lstrip("+~"))]:
             raise ValueError(f"overrides={wrong}: give model, size and seed as arguments; the data are the arrays")
@@ -222,13 +226,15 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
         elif x.ndim == 3:
             x = x[:, None]
         elif x.shape[1] not in (1, 3):
+            if x.shape[3] not in (1, 3):
+                raise ValueError(f"X {x.shape} has neither 1 nor 3 channels, first or last: drop or add some")
             x = x.transpose(0, 3, 1, 2)
-        if x.shape[1] not in (1, 3):
-            raise ValueError(f"X has {x.shape[1]} channels: give 1 or 3")
         return np.ascontiguousarray(x)
 
     def _shape_of_rows(self, numbers: int) -> tuple[int, int, int]:
         if self.image_shape is not None:
+            if len(self.image_shape) != 3 or self.image_shape[0] not in (1, 3):
+                raise ValueError(f"image_shape={self.image_shape}: give (C, H, W), with 1 or 3 channels C")
             if math.prod(self.image_shape) != numbers:
                 raise ValueError(f"X has rows of {numbers} numbers, image_shape={self.image_shape} has others")
             return self.image_shape
@@ -236,4 +242,6 @@ class AnomalyDetector(OutlierMixin, BaseEstimator):
             side = math.isqrt(numbers // channels)
             if channels * side * side == numbers:
                 return channels, side, side
-        raise ValueError(f"X has rows of {numbers} numbers, of no square image: give image_shape=(C, H, W)")
+        raise ValueError(
+            f"X has rows of {numbers} numbers, of no square image: give image_shape=(C, H, W), or X[None] of one image"
+        )
