@@ -24,6 +24,7 @@ from anomaly_lab.errors import (
     explained,
     ignore_pipe,
     printable,
+    unwritten,
 )
 from anomaly_lab.files import UNWRITABLE
 
@@ -297,11 +298,11 @@ def report(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         raise
     except OSError as error:
-        if error.errno not in UNWRITABLE:
+        misplaced = isinstance(error, NotADirectoryError | FileExistsError)  # below a file
+        if error.errno not in UNWRITABLE and not misplaced:
             return _mistake(parser.prog, explained(error) or str(error))
         other = "--scores FILE" if asked.scores else "--submission FILE" if asked.submission else "--out DIR"
-        why = f"{error.filename} cannot be written: {UNWRITABLE[error.errno]}; name another place with {other}"
-        return _mistake(parser.prog, why, FAILED)
+        return _mistake(parser.prog, unwritten(error, other), exit_code(error))
     except ValueError as error:
         return _mistake(parser.prog, str(error))
     return DONE
@@ -395,8 +396,14 @@ def score(argv: Sequence[str] | None = None) -> int:
     try:
         files = predict.image_files(asked.images)
         fitted = predict.load_run(asked.run, asked.device, asked.data_dir, asked.trust)
-        broken = predict.score_files(fitted, files, asked.out, asked.heat_maps, skip_broken=asked.skip_broken)
     except (ValueError, OSError) as error:
+        return _mistake(parser.prog, str(error))
+    try:
+        broken = predict.score_files(fitted, files, asked.out, asked.heat_maps, skip_broken=asked.skip_broken)
+    except OSError as error:  # of writing: what cannot be read is named by a ValueError
+        another = "--out FILE" + " or --heat-maps DIR" * (asked.heat_maps is not None)
+        return _mistake(parser.prog, unwritten(error, another), exit_code(error))
+    except ValueError as error:
         return _mistake(parser.prog, str(error))
     for fault in broken:
         print(f"left out: {fault}", file=sys.stderr)
@@ -428,8 +435,14 @@ def export(argv: Sequence[str] | None = None) -> int:
     try:
         files = predict.image_files(asked.images) if asked.images else []
         fitted = predict.load_run(asked.run, "cpu", asked.data_dir, asked.trust)
-        made = export.export(fitted, asked.out, fitted.read(files))
+        images = fitted.read(files)
     except (ValueError, OSError) as error:
+        return _mistake(parser.prog, str(error), exit_code(error))
+    try:
+        made = export.export(fitted, asked.out, images)
+    except OSError as error:
+        return _mistake(parser.prog, unwritten(error, "--out FILE"), exit_code(error))
+    except ValueError as error:
         return _mistake(parser.prog, str(error), exit_code(error))
     print(
         f"{asked.out}: {made.images} images score as in the run, to {made.difference:.1g} "

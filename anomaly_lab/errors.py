@@ -77,6 +77,12 @@ def exit_code(error: Exception) -> int:
     return FAILED if failed else MISTAKE
 
 
+def unwritten(error: OSError, another: str) -> str:
+    """One line on a file that a command could not write; ``another`` is the option that names another place."""
+    reason = UNWRITABLE.get(error.errno or 0) or (error.strerror or shortened(error)).lower()
+    return f"{error.filename or 'a file'} cannot be written: {reason}; name another place with {another}"
+
+
 def explained(error: Exception) -> str | None:
     """A user's mistake in one line that says what to do; None for a bug, whose traceback is needed."""
     # Late: --help needs no configuration.

@@ -341,7 +341,7 @@ def score_files(
         if heat_maps is not None:
             _draw_heat_maps(fitted, some, images, scores, heat_maps, start)
     if broken and (not skip_broken or len(rows) == 1):
-        raise unreadable(broken, len(files), "--skip-broken")
+        raise unreadable(broken, len(files), "" if skip_broken else "--skip-broken")
     text = io.StringIO()
     csv.writer(text, lineterminator="\n").writerows(rows)
     write_text(out, text.getvalue())

@@ -157,6 +157,19 @@ def test_a_sweep_whose_disk_fills_in_the_middle_keeps_what_is_done_and_goes_on_l
     assert not list(small_disk.rglob("*.part")) and not list(small_disk.rglob(".sweep-*"))
 
 
+def test_a_report_below_a_file_prints_its_tables_and_says_what_to_do(
+    lab: Command, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert lab("runs=written").code == 0
+    (tmp_path / "file").write_text("")
+    assert cli.report(["written", "--out", str(tmp_path / "file" / "report")]) == cli.MISTAKE
+    out, err = capfd.readouterr()
+    assert "`shared_ae_50_small [" in out and "Errno" not in err
+    assert str(tmp_path / "file") in err and err.endswith(
+        "cannot be written: not a directory; name another place with --out DIR\n"
+    )
+
+
 def test_a_read_only_folder_is_one_line_and_what_is_done_there_is_still_read(
     lab: Command, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

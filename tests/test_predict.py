@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -313,3 +315,31 @@ def test_help_needs_no_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert "--heat-maps DIR" in done.stdout and done.stdout.endswith("[]\n")
+
+
+@pytest.mark.parametrize("option", ["--out", "--heat-maps"])
+@pytest.mark.parametrize("number", [errno.ENOTDIR, errno.ENOSPC])
+def test_what_cannot_be_written_names_the_file_and_the_option(
+    made, pngs, tmp_path, capsys, monkeypatch, option, number
+):
+    (tmp_path / "file").write_text("")
+    where = tmp_path / "file" / "below" if number == errno.ENOTDIR else tmp_path / "new" / "place"
+    if number == errno.ENOSPC:
+
+        def full(*_: object) -> None:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+        monkeypatch.setattr(os, "fsync", full)
+    others = [] if option == "--out" else ["--out", str(tmp_path / "scores.csv")]
+    code = cli.score([str(made.out), str(pngs[0]), option, str(where), *others])
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and f"{tmp_path}" in err and "cannot be written: " in err and option in err
+    assert code == (cli.FAILED if number == errno.ENOSPC else cli.MISTAKE) and "Errno" not in err
+    assert ("the file system is full" in err) == (number == errno.ENOSPC)
+
+
+def test_broken_files_alone_are_not_told_to_be_skipped_again(made, tmp_path, capsys) -> None:
+    (tmp_path / "broken.png").write_text("no")
+    assert cli.score([str(made.out), str(tmp_path), "--skip-broken"]) == cli.MISTAKE
+    err = capsys.readouterr().err
+    assert "repair, convert or remove it" in err and "--skip-broken" not in err
