@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from anomaly_lab import turns
 from anomaly_lab.batches import Batch, PlainLoader, TrainingImages, images_of
 from anomaly_lab.course import Course, Passes, Stages
-from anomaly_lab.players import Learning, Player, minimise, refuse_unowned, step_schedules, with_optimizers
+from anomaly_lab.players import Learning, Player, minimise, step_schedules, with_optimizers
 from anomaly_lab.randomness import Randomness
 
 __all__ = ["Batch", "Contract", "Detector"]
@@ -211,9 +211,7 @@ class Detector(Contract, LightningModule):
     # What Lightning calls, in its order -------------------------------------------------------------------------
 
     def configure_optimizers(self) -> Any:
-        players = self.players()
-        refuse_unowned(self, players)
-        return self.learning.configure(players)
+        return self.learning.configure(self.players(), self)
 
     def on_fit_start(self) -> None:
         self.randomness.settle(self.device)

@@ -6,6 +6,7 @@ its own parameters (`minimise`). `Learning` gives each player its optimiser and 
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -30,18 +31,15 @@ def parameters_of(networks: Sequence[nn.Module]) -> list[nn.Parameter]:
     return list(dict.fromkeys(parameter for network in networks for parameter in network.parameters()))
 
 
-def refuse_unowned(detector: nn.Module, players: Mapping[str, Sequence[nn.Module]]) -> None:
-    """Refuse a detector that has players and, beside theirs, parameters that nobody would ever move.
-
-    Raises:
-        ValueError: names the first one.
-    """
+def warn_of_unowned(detector: nn.Module, players: Mapping[str, Sequence[nn.Module]]) -> None:
+    """Say that a detector has players and, beside theirs, parameters that nobody will ever move."""
     owned = {id(parameter) for networks in players.values() for parameter in parameters_of(networks)}
     free = [name for name, p in detector.named_parameters() if p.requires_grad and id(p) not in owned]
     if players and free:
-        raise ValueError(
-            f"{free[0]} belongs to no player, so it would never learn: give its network to a player in players(), or "
-            "networks.freeze() it"
+        warnings.warn(
+            f"{free[0]} belongs to no player, so it never learns: give its network to a player in players(), or "
+            "networks.freeze() it",
+            stacklevel=2,
         )
 
 
@@ -111,12 +109,16 @@ class Learning:
     ) -> None:
         self._optimizer, self._scheduler, self.clip = optimizer or {}, scheduler, clip
 
-    def configure(self, players: Mapping[str, Sequence[nn.Module]]) -> Any:
+    def configure(self, players: Mapping[str, Sequence[nn.Module]], detector: nn.Module) -> Any:
         """What Lightning's ``configure_optimizers`` returns: one optimiser a player, in the players' order.
+
+        Args:
+            detector: whose players they are; a warning says which of its parameters belong to none.
 
         Raises:
             ValueError: a player has no optimiser, or the optimiser or the schedule cannot be made.
         """
+        warn_of_unowned(detector, players)
         optimizers = []
         for name, networks in players.items():
             factory = self._optimizer.get(name) if isinstance(self._optimizer, Mapping) else self._optimizer
