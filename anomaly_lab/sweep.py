@@ -350,9 +350,8 @@ def _print_result(result: Mapping[str, Any], out: Path) -> None:
     if result["epochs"] and explained_share is not None and explained_share < record.LEARNED:
         rows.append(
             (
-                "did not learn",
-                f"reconstructions explain {explained_share:.0%} of the held-out normals' variance, the mean image 0%: "
-                "train longer or lower the learning rate",
+                "reconstruction",
+                f"no better than the mean image: explains {explained_share:.0%} of the held-out normals' variance (†)",
             )
         )
     pictures = sorted(path.name for path in (out / "figures").glob("*.png"))
