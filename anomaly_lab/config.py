@@ -31,7 +31,8 @@ from omegaconf.errors import OmegaConfBaseException
 from anomaly_lab import record, values
 
 if TYPE_CHECKING:
-    from anomaly_lab.datasets import Dataset, Images
+    from anomaly_lab.datasets import Dataset
+    from anomaly_lab.images import Images
     from anomaly_lab.splits import Split, Target
 
 _PACKAGE = Path(__file__).resolve().parent
@@ -407,7 +408,7 @@ def _images(dataset: str) -> Images:
 
 @functools.lru_cache(maxsize=2)
 def _beside(dataset: str, others: tuple[str, ...]) -> Images:
-    from anomaly_lab.datasets import beside
+    from anomaly_lab.images import beside
 
     return beside(_images(dataset), [_images(other) for other in others])
 

@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from anomaly_lab import values
 from anomaly_lab.batches import Batch
-from anomaly_lab.datasets import Images
 from anomaly_lab.features import FeatureStore
+from anomaly_lab.images import Images
 from anomaly_lab.splits import Partition, Split, Target
 
 STEPS_SECONDS = 0.2

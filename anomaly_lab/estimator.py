@@ -24,9 +24,9 @@ from anomaly_lab import config, metrics, switches
 from anomaly_lab.advice import advice
 from anomaly_lab.build import epochs, make_augment, make_detector, make_lightning_trainer, make_prepare
 from anomaly_lab.data import OneClassData
-from anomaly_lab.datasets import Images
 from anomaly_lab.detector import Detector
 from anomaly_lab.errors import explained
+from anomaly_lab.images import Images
 from anomaly_lab.players import Learning
 from anomaly_lab.predict import FittedDetector
 from anomaly_lab.splits import Official, Partition, Target

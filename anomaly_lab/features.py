@@ -18,9 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from anomaly_lab.datasets import Images
 from anomaly_lab.errors import shortened
 from anomaly_lab.files import write_atomically
+from anomaly_lab.images import Images
 
 log = logging.getLogger(__name__)
 

@@ -10,14 +10,14 @@ import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from anomaly_lab import record
 from anomaly_lab.errors import shortened
-from anomaly_lab.files import cell, write_text
+from anomaly_lab.files import cell, write_atomically
 from anomaly_lab.pictures import IMAGE_SUFFIXES, Unreadable, open_image, unreadable
 
 # torch and Lightning take seconds to import: they come with the first run that is loaded, not with --help.
@@ -327,24 +327,30 @@ def score_files(
     Raises:
         ValueError: files that are no readable images, all of them named; or heat maps of a method that has none.
     """
-    rows, broken = [("image", "score", "decision")], list[Unreadable]()
-    for start in range(0, len(files), FILES_AT_ONCE):
-        images = fitted.read(files[start : start + FILES_AT_ONCE], broken)
-        if broken and not skip_broken:
-            continue  # to name the others
-        left_out = {fault.where for fault in broken}
-        some = [file for file in files[start : start + FILES_AT_ONCE] if str(file) not in left_out]
-        scores = fitted.score(images)
-        decided = fitted.decisions(images, scores)
-        words = [""] * len(some) if decided is None else np.where(decided, "anomalous", "normal").tolist()
-        rows += [(cell(str(path)), f"{score:.9g}", word) for path, score, word in zip(some, scores, words, strict=True)]
-        if heat_maps is not None:
-            _draw_heat_maps(fitted, some, images, scores, heat_maps, start)
-    if broken and (not skip_broken or len(rows) == 1):
-        raise unreadable(broken, len(files), "" if skip_broken else "--skip-broken")
-    text = io.StringIO()
-    csv.writer(text, lineterminator="\n").writerows(rows)
-    write_text(out, text.getvalue())
+    broken = list[Unreadable]()
+
+    def write(file: IO[bytes]) -> None:  # opened first: what cannot be written is said before all images are scored
+        rows = [("image", "score", "decision")]
+        for start in range(0, len(files), FILES_AT_ONCE):
+            images = fitted.read(files[start : start + FILES_AT_ONCE], broken)
+            if broken and not skip_broken:
+                continue  # to name the others
+            left_out = {fault.where for fault in broken}
+            some = [path for path in files[start : start + FILES_AT_ONCE] if str(path) not in left_out]
+            scores = fitted.score(images)
+            decided = fitted.decisions(images, scores)
+            words = [""] * len(some) if decided is None else np.where(decided, "anomalous", "normal").tolist()
+            lines = zip(some, scores, words, strict=True)
+            rows += [(cell(str(path)), f"{score:.9g}", word) for path, score, word in lines]
+            if heat_maps is not None:
+                _draw_heat_maps(fitted, some, images, scores, heat_maps, start)
+        if broken and (not skip_broken or len(rows) == 1):
+            raise unreadable(broken, len(files), "" if skip_broken else "--skip-broken")
+        text = io.StringIO()
+        csv.writer(text, lineterminator="\n").writerows(rows)
+        file.write(text.getvalue().encode())
+
+    write_atomically(out, write)
     return broken
 
 

@@ -556,14 +556,25 @@ def print_states(runs: Path, experiment: str | None = None) -> None:
 
 
 def prune(runs: Path, experiment: str | None = None) -> None:
-    """Reduce the checkpoints of the finished runs under `runs`, or of an experiment's grid, to what scores images."""
+    """Reduce the checkpoints of the finished runs under `runs`, or of an experiment's grid, to what scores images.
+
+    Raises:
+        ValueError: checkpoints that cannot be read, when all others are reduced.
+    """
     from anomaly_lab import run  # torch and Lightning: seconds
 
     expected = None if experiment is None else _grid(experiment)
     folders = [runs / state.path for state in status.under(runs, expected) if state.state == "done"]
-    freed = [run.prune(folder) for folder in folders]
+    freed, damaged = list[int](), list[str]()
+    for folder in folders:
+        try:
+            freed.append(run.prune(folder))
+        except ValueError as error:
+            damaged.append(str(error))
     pruned = sum(amount > 0 for amount in freed)
     print(f"pruned {pruned} of {len(folders)} finished runs: {sum(freed) / 1e6:.1f} MB less")
+    if damaged:
+        raise ValueError(f"{len(damaged)} not pruned: {'; '.join(damaged)}")
 
 
 def save_dashboard(place: str) -> None:

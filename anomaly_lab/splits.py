@@ -34,7 +34,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 if TYPE_CHECKING:
-    from anomaly_lab.datasets import Images
+    from anomaly_lab.images import Images
 
 Indices = NDArray[np.int64]
 
@@ -542,7 +542,7 @@ class Ood(Official):
     """Out of distribution: classes of the data set are normal, all of them by default; other data sets are anomalous.
 
     Official halves of both; the other classes of the data set take no part. Each of `anomalies`, by the name of its
-    data set, stands as one class behind the data set's own (`anomaly_lab.datasets.beside`), so every one has its own
+    data set, stands as one class behind the data set's own (`anomaly_lab.images.beside`), so every one has its own
     AUROC: near (CIFAR-100 beside CIFAR-10) and far (MNIST).
     """
 

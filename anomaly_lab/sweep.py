@@ -346,7 +346,8 @@ def _print_result(result: Mapping[str, Any], out: Path) -> None:
         )
     if result["metrics"]["oracle_auroc"] is not None:
         rows.append(("oracle AUROC", f"{measured['oracle_auroc']}  (best epoch on the test labels: not a result)"))
-    explained_share = result.get("learned", {}).get("explained_variance")  # earlier code measured none
+    learned = result.get("learned", {})  # earlier code measured nothing of it
+    explained_share, change = learned.get("explained_variance"), learned.get("parameter_change")
     if result["epochs"] and explained_share is not None and explained_share < record.LEARNED:
         rows.append(
             (
@@ -354,6 +355,8 @@ def _print_result(result: Mapping[str, Any], out: Path) -> None:
                 f"no better than the mean image: explains {explained_share:.0%} of the held-out normals' variance (†)",
             )
         )
+    if result["epochs"] and change is not None and change < record.MOVED:
+        rows.append(("parameters", f"where they were: changed by {change:.1g} of their norm (†)"))
     pictures = sorted(path.name for path in (out / "figures").glob("*.png"))
     rows += [
         ("training", f"{result['epochs']} epochs, {result['seconds']['fit']:.0f} s on {result['device']}"),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import difflib
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -45,6 +46,9 @@ def refuse(
     """
     if type(cfg.seed) is not int or cfg.seed < 0:
         raise ValueError(f"seed={cfg.seed}: give a whole number from 0")
+    for key in ("data_dir", "runs"):
+        if not isinstance(cfg[key], str | Path) or not str(cfg[key]):
+            raise ValueError(f"{key}={_shown(cfg[key])}: give a folder, such as {key}=./here")
     _refuse_unread(cfg)
     _refuse_flat_sections(cfg, own_keys)
     for keys, kinds, give in ((switches, (bool,), "true or false"), (numbers, (int, float), "a number")):
@@ -54,7 +58,7 @@ def refuse(
             if value is None and (kinds == (bool,) or not OmegaConf.is_dict(inside) or name not in inside):
                 continue  # a switch that is off; or the key's section is another, or gone
             if type(value) not in kinds:
-                raise ValueError(f"{key}={'null' if value is None else value}: give {give}")
+                raise ValueError(f"{key}={_shown(value)}: give {give}")
     model, trainer = cfg.model, cfg.trainer
     refuse_fewer(1, "model.input", size=model.input.size)
     _refuse_range(model.input.range)
@@ -69,6 +73,10 @@ def refuse(
     if model.optimizer is not None:  # else nobody reads it
         _refuse_budget(cfg)
     augmentation(cfg)
+
+
+def _shown(value: Any) -> Any:
+    return "null" if value is None else value
 
 
 def _refuse_range(given: Any) -> None:
@@ -113,7 +121,7 @@ def _refuse_flat_sections(cfg: DictConfig, expected: Mapping[str, Sequence[str]]
         meant = key_of(key, keys)
         given = value if type(value) in (int, float) else "..."
         advice = f"write {meant}={given}" if meant else f"set {', '.join(keys)}"
-        raise ValueError(f"{key}={'null' if value is None else value}: it has keys of its own, {advice}")
+        raise ValueError(f"{key}={_shown(value)}: it has keys of its own, {advice}")
     for key in ("model.optimizer", "model.scheduler"):
         value = OmegaConf.select(cfg, key)
         if value is not None and not OmegaConf.is_dict(value):

@@ -24,8 +24,8 @@ from lightning import Callback, LightningModule, Trainer
 from anomaly_lab import config
 from anomaly_lab.build import make_detector, make_prepare, make_trainer
 from anomaly_lab.data import OneClassData
-from anomaly_lab.datasets import Images
 from anomaly_lab.detector import Detector, looking, scores
+from anomaly_lab.images import Images
 from anomaly_lab.splits import Official
 from anomaly_lab.switches import numerics
 from benchmarks import counts, machine

@@ -139,14 +139,14 @@ def _caches(folder: Path) -> Path:
     """
     from hydra.utils import instantiate
 
-    from anomaly_lab import config, datasets
+    from anomaly_lab import config, images
 
     data = folder / "data"
     data.mkdir()
     for name in RUNS:
         ready = instantiate(config.compose([f"dataset={name}"]).dataset)
         if ready.cache.exists():
-            datasets._write(data / ready.cache.name, ready.load(), type(ready).__name__)
+            images.write_npz(data / ready.cache.name, ready.load(), type(ready).__name__)
         elif name == "digits":  # the others would have to be fetched
             instantiate(config.compose([f"dataset={name}", f"data_dir={data}"]).dataset).download()
     return data

@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from anomaly_lab import datasets, splits
+from anomaly_lab.images import Images, beside
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE, FACTS = ROOT / "docs/protocols.md", ROOT / "docs/protocols.json"
@@ -104,16 +105,16 @@ def measure() -> dict[str, Any]:
     return found
 
 
-def digested(images: datasets.Images) -> np.ndarray:
+def digested(images: Images) -> np.ndarray:
     """The SHA-256 of each image."""
     return np.array([hashlib.sha256(one.tobytes()).hexdigest() for one in images.pixels])
 
 
-def several(images: datasets.Images, split: splits.Split, by: str) -> dict[str, Any]:
+def several(images: Images, split: splits.Split, by: str) -> dict[str, Any]:
     """Of several classes as one problem."""
     if isinstance(split, splits.Ood):
         folder = Path(os.environ["ANOMALY_LAB_DATA"])
-        images = datasets.beside(images, [SETS[name](data_dir=folder).load() for name in split.anomalies])
+        images = beside(images, [SETS[name](data_dir=folder).load() for name in split.anomalies])
         target = split.targets(images)
     else:
         target = split.resolve(images, json.loads(by.partition("=")[2]))
@@ -121,7 +122,7 @@ def several(images: datasets.Images, split: splits.Split, by: str) -> dict[str, 
     return {**one_class(split, images, target, digested(images)), "class": named, "by": by}
 
 
-def about(images: datasets.Images, digests: np.ndarray) -> dict[str, Any]:
+def about(images: Images, digests: np.ndarray) -> dict[str, Any]:
     """What a data set is, and how many of its images there are twice, by their SHA-256."""
     _, group, count = np.unique(digests, return_inverse=True, return_counts=True)
     repeated = [np.flatnonzero(group == one) for one in np.flatnonzero(count > 1)]
@@ -138,9 +139,7 @@ def about(images: datasets.Images, digests: np.ndarray) -> dict[str, Any]:
     }
 
 
-def one_class(
-    split: splits.Split, images: datasets.Images, target: splits.Target, digests: np.ndarray
-) -> dict[str, Any]:
+def one_class(split: splits.Split, images: Images, target: splits.Target, digests: np.ndarray) -> dict[str, Any]:
     """Of one class as the one that a run names."""
     partition = split(images, target, seed=0)
     known = set(digests[np.concatenate([partition.train, partition.val])].tolist())

@@ -328,12 +328,18 @@ def test_pruned_checkpoints_still_score_and_only_the_optimisers_are_lost(
     images = config.load_images(cfg).pixels[:20]
     expected = load_run(config.job(cfg).out).score(images)
 
-    assert cli.report([str(tmp_path / "runs"), "--prune"]) == 0
+    damaged = config.job(cfg).out.parents[1] / "a0/s0"  # it comes first, and keeps none of the others as they are
+    shutil.copytree(config.job(cfg).out, damaged)
+    (damaged / "last.ckpt").write_bytes(b"no archive")
+    assert cli.report([str(tmp_path / "runs"), "--prune"]) != 0
     assert cli.report([str(tmp_path / "others"), "--prune"]) == 0
-    first, second = capsys.readouterr().out.splitlines()
+    said = capsys.readouterr()
+    first, second = said.out.splitlines()
+    assert "1 not pruned: " in said.err and f"{damaged / 'last.ckpt'}" in said.err
     after = (config.job(cfg).out / "last.ckpt").stat().st_size
     assert after < before / 2
-    assert first == f"pruned 1 of 1 finished runs: {(before - after) / 1e6:.1f} MB less"
+    assert first == f"pruned 1 of 2 finished runs: {(before - after) / 1e6:.1f} MB less"
+    shutil.rmtree(damaged)
     assert second == "pruned 0 of 0 finished runs: 0.0 MB less"
     assert interrupted.read_bytes() == kept, "an unfinished run needs its optimisers"
     assert np.array_equal(load_run(config.job(cfg).out).score(images), expected)

@@ -182,9 +182,11 @@ def test_one_run_prints_its_result_and_a_second_call_only_reads_it(lab: Command)
     assert subprocess.run(quick, capture_output=True, text=True, check=True).stdout == out
 
     assert lab(f"--dry-run {TINY} trainer.watch_test=true").out.startswith("missing ")
-    result["metrics"]["oracle_auroc"] = 0.98765
+    result["metrics"]["oracle_auroc"], result["learned"]["parameter_change"] = 0.98765, 1e-9
     result_path.write_text(json.dumps(result))
-    assert re.search(r"^oracle AUROC +0\.988  \(best epoch on the test labels: not a result\)$", lab(TINY).out, re.M)
+    said = lab(TINY).out
+    assert re.search(r"^oracle AUROC +0\.988  \(best epoch on the test labels: not a result\)$", said, re.M)
+    assert re.search(r"^parameters +where they were: changed by 1e-09 of their norm \(†\)$", said, re.M)
 
 
 @pytest.mark.parametrize("value", ["null", "0.5"])

@@ -10,7 +10,7 @@ import torch
 
 from anomaly_lab.batches import Batch
 from anomaly_lab.data import AT_ONCE, STEPS_SECONDS, EpochImages, Loader, OneClassData, Prepare, scored_at_once
-from anomaly_lab.datasets import Images
+from anomaly_lab.images import Images
 from anomaly_lab.splits import Pooled
 
 CPU = torch.device("cpu")

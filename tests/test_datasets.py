@@ -37,8 +37,8 @@ from anomaly_lab.datasets import (
     Digits,
     FashionMNIST,
     ImageFolder,
-    Images,
 )
+from anomaly_lab.images import Images
 
 CONF = Path(__file__).parents[1] / "conf" / "dataset"
 DOWNLOADED = [MNIST, FashionMNIST, CIFAR10, CIFAR100, COIL100]

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from anomaly_lab import config, features
 from anomaly_lab.data import OneClassData, Prepare
-from anomaly_lab.datasets import Images
 from anomaly_lab.features import FeatureStore
+from anomaly_lab.images import Images
 from anomaly_lab.predict import load_run
 from anomaly_lab.run import run
 from anomaly_lab.splits import Pooled

@@ -20,7 +20,8 @@ from PIL import Image
 
 from anomaly_lab import cli, files, pictures, predict, record, results, status
 from anomaly_lab.build import load_checkpoint
-from anomaly_lab.datasets import NPZ, ImageFolder, Images
+from anomaly_lab.datasets import NPZ, ImageFolder
+from anomaly_lab.images import Images
 from anomaly_lab.pictures import open_image
 
 # Bombs ----------------------------------------------------------------------------------------------------------------

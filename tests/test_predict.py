@@ -338,6 +338,13 @@ def test_what_cannot_be_written_names_the_file_and_the_option(
     assert ("the file system is full" in err) == (number == errno.ENOSPC)
 
 
+def test_a_place_that_cannot_be_written_is_said_before_anything_is_scored(made, pngs, tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(predict.FittedDetector, "score", None)
+    assert cli.score([str(made.out), str(pngs[0]), "--out", str(tmp_path / "file" / "scores.csv")]) == cli.MISTAKE
+    assert "cannot be written: " in capsys.readouterr().err
+
+
 def test_broken_files_alone_are_not_told_to_be_skipped_again(made, tmp_path, capsys) -> None:
     (tmp_path / "broken.png").write_text("no")
     assert cli.score([str(made.out), str(tmp_path), "--skip-broken"]) == cli.MISTAKE

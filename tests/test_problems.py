@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from conftest import Command
 
-from anomaly_lab import config, datasets, record, report, results, splits
+from anomaly_lab import config, record, report, results, splits
 from anomaly_lab.build import make_data
-from anomaly_lab.datasets import Images
+from anomaly_lab.images import Images, _brought_to
 
 
 def job(data: Path, *overrides: str) -> config.Job:
@@ -204,7 +204,7 @@ def test_pixels_are_brought_over_by_pillow(shape: tuple[int, ...]) -> None:
     from PIL import Image
 
     colour = photographs(2, "colour", (3, 6, 8))
-    found = datasets._brought_to(colour.pixels, shape)
+    found = _brought_to(colour.pixels, shape)
     opened = Image.fromarray(colour.pixels[0].transpose(1, 2, 0)).convert("L" if shape[0] == 1 else "RGB")
     expected = np.asarray(opened.resize(shape[:0:-1], Image.Resampling.BILINEAR)).reshape(*shape[1:], shape[0])
     assert found.shape == (6, *shape) and np.array_equal(found[0], expected.transpose(2, 0, 1))

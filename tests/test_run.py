@@ -278,6 +278,8 @@ def test_half_a_file_is_never_left_behind(tmp_path: Path) -> None:
     [
         (["normal_class=12"], "no class 12"),
         (["seed=abc"], "seed=abc: give a whole number"),
+        (["data_dir=null"], "data_dir=null: give a folder, such as data_dir=./here"),
+        (["runs=2026"], "runs=2026: give a folder, such as runs=./here"),
         (["model.budget.epochs=-1"], "epochs=-1: give a whole number"),
         (["trainer.threshold_quantile=1.5"], "between 0 and 1"),
         (["split=official"], "no official test half"),

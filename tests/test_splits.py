@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from anomaly_lab import datasets
 from anomaly_lab.config import compose
-from anomaly_lab.datasets import Images
+from anomaly_lab.images import Images
 from anomaly_lab.splits import (
     PIAD_OBJECTS,
     Coil,

@@ -31,7 +31,7 @@ def running(folder: Path) -> Iterator[None]:
         yield
 
 
-def folder(runs: Path, number: int, **files: str) -> Path:
+def folder(runs: Path, number: int | str, **files: str) -> Path:
     """The folder of a run with these files in it."""
     made = runs / f"ede/digits/pooled/n{number}/s0"
     made.mkdir(parents=True)
@@ -52,6 +52,8 @@ def test_status_tells_the_states_apart(tmp_path: Path) -> None:
     folder(tmp_path, 5)
     folder(tmp_path, 6, failure_json="{")
     folder(tmp_path, 7, result_json="{")
+    folder(tmp_path, "0+1")
+    folder(tmp_path, "all")
     with running(tmp_path / "ede/digits/pooled/n1/s0"):
         found = states(tmp_path)
     assert found.pop("n7")[0] == "damaged"
@@ -63,11 +65,13 @@ def test_status_tells_the_states_apart(tmp_path: Path) -> None:
         "n4": ("interrupted", "starts again"),
         "n5": ("interrupted", "starts again"),
         "n6": ("failed", "failure.json cannot be read"),
+        "n0+1": ("interrupted", "starts again"),
+        "nall": ("interrupted", "starts again"),
     }
     assert states(tmp_path)["n1"][0] == "interrupted"
     assert not any(found.with_slurm for found in status.under(tmp_path))
     lines = status.text(status.under(tmp_path)).splitlines()
-    assert lines[-1] == "8 runs: 1 done, 2 failed, 4 interrupted, 1 damaged"
+    assert lines[-1] == "10 runs: 1 done, 2 failed, 6 interrupted, 1 damaged"
 
 
 def test_failed_run_that_is_tried_again_is_running(tmp_path: Path) -> None:
