@@ -98,13 +98,13 @@ def run_folders(runs: Path) -> Iterator[Path]:
     """The folders of runs under ``runs``: by what lies in them, or while still empty by their name: n8/s0 (a8,
     n0+1, nall)."""
     marks = {"result.json", record.FAILURE, "last.ckpt", ".lock", slurm.JOB_FILE}
+    kind = re.compile(rf"[na](\d+|{record.SEVERAL.pattern})")
     for folder, inner, files in os.walk(runs):
         inner.sort()
         path = Path(folder)
         if path == runs:
             continue
-        kind, seed = path.parts[-2:]
-        named = re.fullmatch(r"[na](\d+(\+\d+)*|all)", kind) and re.fullmatch(r"s\d+(-[0-9a-f]{8})?", seed)
+        named = kind.fullmatch(path.parent.name) and re.fullmatch(r"s\d+(-[0-9a-f]{8})?", path.name)
         if named or not marks.isdisjoint(files):
             inner.clear()
             yield path

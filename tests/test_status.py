@@ -74,6 +74,12 @@ def test_status_tells_the_states_apart(tmp_path: Path) -> None:
     assert lines[-1] == "10 runs: 1 done, 2 failed, 6 interrupted, 1 damaged"
 
 
+def test_runs_are_found_below_the_folder_that_one_stands_in(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder(tmp_path, 0)
+    monkeypatch.chdir(tmp_path)
+    assert states(Path("."))["n0"][0] == "interrupted"
+
+
 def test_failed_run_that_is_tried_again_is_running(tmp_path: Path) -> None:
     with running(folder(tmp_path, 0, failure_json=json.dumps({"error": "x"}))):
         assert states(tmp_path)["n0"][0] == "running"
